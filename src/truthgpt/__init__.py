@@ -1,0 +1,49 @@
+"""TruthGPT Optimization Core: one YAML in, a trained, measured, resumable model out.
+
+`from truthgpt import load_config, build_components, build_trainer`; the registries are importable the same way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from truthgpt.build import build_components as build_components
+    from truthgpt.build_trainer import build_trainer as build_trainer
+    from truthgpt.factories.attention import ATTENTION_BACKENDS as ATTENTION_BACKENDS
+    from truthgpt.factories.callbacks import CALLBACKS as CALLBACKS
+    from truthgpt.factories.collate import COLLATORS as COLLATORS
+    from truthgpt.factories.datasets import DATASETS as DATASETS
+    from truthgpt.factories.kv_cache import KV_CACHES as KV_CACHES
+    from truthgpt.factories.memory import MEMORY_POLICIES as MEMORY_POLICIES
+    from truthgpt.factories.metrics import METRICS as METRICS
+    from truthgpt.factories.optimizer import OPTIMIZERS as OPTIMIZERS
+    from truthgpt.factories.scheduler import SCHEDULERS as SCHEDULERS
+    from truthgpt.validate_config import load_config as load_config
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load_config": "truthgpt.validate_config",
+    "build_components": "truthgpt.build",
+    "build_trainer": "truthgpt.build_trainer",
+    "ATTENTION_BACKENDS": "truthgpt.factories.attention",
+    "KV_CACHES": "truthgpt.factories.kv_cache",
+    "MEMORY_POLICIES": "truthgpt.factories.memory",
+    "OPTIMIZERS": "truthgpt.factories.optimizer",
+    "SCHEDULERS": "truthgpt.factories.scheduler",
+    "DATASETS": "truthgpt.factories.datasets",
+    "COLLATORS": "truthgpt.factories.collate",
+    "CALLBACKS": "truthgpt.factories.callbacks",
+    "METRICS": "truthgpt.factories.metrics",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it lives, on first use: `import truthgpt` alone loads neither torch nor pydantic."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'truthgpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
