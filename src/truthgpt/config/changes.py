@@ -1,0 +1,78 @@
+"""What changed between the configuration a run started with and the one it is resumed with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from truthgpt.errors import Problem
+
+_IDENTITY = ("seed", "model", "data", "optimizer.type")
+"""What makes a run the run it is: changed on resume, the result would be neither the old run nor a new one."""
+
+_NOT_IDENTITY = (
+    "model.gradient_checkpointing",
+    "model.kv_cache",
+    "model.memory",
+    "model.trust_remote_code",
+    # Where the data lies may change; what it holds is checked by its fingerprint.
+    "data.path",
+    "data.validation_path",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.persistent_workers",
+)
+_SAID = ("training", "optimizer", "ema", "guards", "data.validation_path", "model.gradient_checkpointing")
+"""What may change, and is said in one line; everything else changes silently."""
+
+_BATCH = ("training.train_batch_size", "training.grad_accum_steps")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes that forbid resuming, and changes worth saying."""
+
+    refused: list[Problem]
+    said: list[str]
+
+
+def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+    """Compare two resolved configurations (nested mappings), key by key."""
+    before, after = _flatten(old), _flatten(new)
+    refused, said = [], []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        change = f"{before.get(key)} -> {after.get(key)}"
+        if _under(key, _IDENTITY) and not _under(key, _NOT_IDENTITY):
+            hint = "set it back, or start a new run with another output_dir"
+            refused.append(Problem(key=key, message=f"changed since the run started: {change}", suggestion=hint))
+        elif _under(key, _SAID):
+            said.append(f"{key} {change}")
+    if _global_batch(before) != _global_batch(after):
+        message = f"samples a step changed since the run started: {_global_batch(before)} -> {_global_batch(after)}"
+        hint = "keep train_batch_size x grad_accum_steps as it was"
+        refused.append(Problem(key="training.train_batch_size", message=message, suggestion=hint))
+    return Changes(refused, said)
+
+
+def _global_batch(flat: Mapping[str, Any]) -> int:
+    product = 1
+    for key in _BATCH:
+        product *= int(flat[key])
+    return product
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,450 @@
+"""The YAML contract as pydantic models: every key, its type, default and meaning. Layer 1: no torch.
+
+The docstring under a field is its documentation: the reference page and the comments of `llm_default.yaml` are
+generated from it. Named components (`optimizer.type`, `data.source` ...) are typed here as a name with free options;
+`validate_config` resolves them against the registries.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, strictly typed, unknown keys forbidden, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class Component(Section):
+    """A named component: `name`, or `{type: name, <its options>}`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    """Name of the component in its registry."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_bare_name(cls, value: object) -> object:
+        return {"type": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The component's own options, all of them once `validate_config` has filled in the defaults."""
+        return dict(self.model_extra or {})
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+PathList = Annotated[
+    list[str],
+    BeforeValidator(_as_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
+
+
+def _refuse_integer(value: object) -> object:
+    # 1 == True, so a Literal alone accepts 1 and 0. Text no choice is called gives the Literal's own message.
+    return f"the integer {value}" if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+AutoBool = Annotated[Literal["auto", True, False], BeforeValidator(_refuse_integer)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class TokenizerConfig(Section):
+    """Which tokenizer the model reads and writes with."""
+
+    type: Literal["auto", "byte", "bpe", "path"] = "auto"
+    """`auto`: the model's own, or `byte` for a model from scratch; `byte`: one token a byte; `bpe`: byte-level BPE
+    trained on the run's training split; `path`: a local tokenizer folder."""
+    vocab_size: Annotated[int, Field(ge=257)] | None = None
+    """Vocabulary size of a `bpe` tokenizer, at least 257 (256 bytes and the end-of-text token)."""
+    path: str | None = None
+    """Folder of a saved tokenizer, for `type: path`."""
+
+
+class AttentionConfig(Section):
+    """How attention is computed; further keys are the backend's own options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    backend: str = "sdpa"
+    """Attention backend."""
+
+
+class KVCacheConfig(Section):
+    """Key-value cache for generation; further keys are the cache's own options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = "none"
+    """Kind of key-value cache. `none` keeps no cache, which is right for training."""
+    block_size: Positive = 128
+    """Tokens a block of a paged cache."""
+
+
+class MemoryConfig(Section):
+    """How a step is fitted into memory; further keys are the policy's own options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    policy: str = "static"
+    """Memory policy. `static` uses batch size, accumulation and checkpointing exactly as the YAML gives them."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021)."""
+
+    enabled: bool = False
+    """Train low-rank adapters instead of all weights."""
+    r: Positive = 16
+    """Rank of the adapters."""
+    alpha: Positive = 32
+    """Scale of the adapters; the update is multiplied by alpha / r."""
+    dropout: Fraction = 0.05
+    """Dropout on the adapters' input."""
+
+
+class ModelConfig(Section):
+    """Layer 1: the model."""
+
+    task: Literal["causal_lm"] = "causal_lm"
+    """What the model learns."""
+    name_or_path: str | None = None
+    """Hub id or local folder of a transformers model."""
+    init: Literal["auto", "pretrained", "scratch"] = "auto"
+    """`pretrained` loads the weights of `name_or_path`, `scratch` starts from random ones; `auto`: pretrained
+    when `name_or_path` is set."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Configuration of a model from scratch as transformers names it: `{model_type: llama, hidden_size: 256, ...}`.
+    With `name_or_path`, values that override the model's own."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Which tokenizer the model reads and writes with."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for a model whose code you have read."""
+    gradient_checkpointing: AutoBool = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more compute.
+    `auto` leaves it to the memory policy."""
+    attention: AttentionConfig = AttentionConfig()
+    """How attention is computed."""
+    kv_cache: KVCacheConfig = KVCacheConfig()
+    """Key-value cache for generation."""
+    memory: MemoryConfig = MemoryConfig()
+    """How a step is fitted into memory."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters."""
+
+
+class TrainingConfig(Section):
+    """Layer 2: the loop."""
+
+    epochs: Positive = 3
+    """Passes over the training data. `max_steps` wins when both are set."""
+    max_steps: Positive | None = None
+    """Optimizer steps to train; null: derived from `epochs`."""
+    max_tokens: Positive | None = None
+    """Stop after the step that reaches this many trained tokens; null: no limit. The schedule is not shortened."""
+    max_time_s: Annotated[float, Field(gt=0)] | None = None
+    """Stop after the step that reaches this many seconds of training; null: no limit. The schedule is not shortened."""
+    train_batch_size: Positive = 8
+    """Samples a micro-batch (alias `batch_size`)."""
+    eval_batch_size: Positive = 8
+    """Samples a batch in evaluation."""
+    grad_accum_steps: Positive = 2
+    """Micro-batches an optimizer step. The loss is the mean over the supervised tokens of all of them."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5.0e-5
+    """Peak learning rate (alias `lr`)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay, on matrices only (not on biases, norms or embeddings)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Global gradient norm above which gradients are scaled down; null: no clipping."""
+    warmup_ratio: Fraction = 0.06
+    """Share of all steps over which the learning rate rises linearly."""
+    scheduler: Component = Component(type="cosine")
+    """Learning-rate schedule after the warm-up."""
+    mixed_precision: Literal["bf16", "fp16", "none"] = "bf16"
+    """Compute precision; weights stay float32. `fp16` scales the loss. Where the device lacks it,
+    falls back and says so."""
+    early_stopping_patience: Positive | None = 2
+    """Stop after this many evaluations in a row without a better `eval.select_best_by`; null: off."""
+    allow_tf32: bool = True
+    """Let float32 matrix products use TF32 on GPUs that have it."""
+    torch_compile: AutoBool = "auto"
+    """Compile each decoder layer with torch.compile; `auto`: on a GPU when the run is long enough to pay for it."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """Mode of torch.compile."""
+    fused_adamw: bool = True
+    """Fused AdamW kernel; fusing is off when this or `optimizer.fused` is false."""
+    detect_anomaly: bool = False
+    """Find the operation that made a NaN in the backward pass; slow, for debugging."""
+    save_safetensors: bool = True
+    """Write the final weights as safetensors; false: as `pytorch_model.bin`."""
+    callbacks: list[Component] = [Component(type="print")]
+    """Callbacks, in the order they are called."""
+    log_interval: Positive = 50
+    """Steps between log lines."""
+    eval_interval: Positive = 500
+    """Steps between evaluations; the last step is always evaluated."""
+
+
+class OptimizerConfig(Component):
+    """Layer 2: the optimizer; further keys are its own options."""
+
+    type: str = "adamw"
+    """Optimizer."""
+    fused: bool = True
+    """Use the optimizer's fused kernel where it has one."""
+
+
+class DataConfig(Section):
+    """Layer 3: the data."""
+
+    source: Component = Component(type="python_stdlib")
+    """Where the documents come from."""
+    dataset: str | None = None
+    """Name of a hub dataset, for sources that read one."""
+    subset: str | None = None
+    """Configuration of the hub dataset."""
+    path: PathList | None = None
+    """File, folder or glob, or a list of them."""
+    validation_path: PathList | None = None
+    """File, folder or glob of the validation documents; null: `validation_fraction` of the training
+    documents is held out."""
+    validation_fraction: Fraction = 0.05
+    """Share of the documents held out for validation, chosen by a hash of each document; 0: no validation."""
+    format: Literal["text", "prompt_completion"] = "text"
+    """What a row holds: one text, or a prompt and its completion."""
+    text_field: str = "text"
+    """Field of a row that holds its text."""
+    prompt_field: str = "prompt"
+    """Field of a row that holds the prompt, for `format: prompt_completion`."""
+    completion_field: str = "completion"
+    """Field of a row that holds the completion, for `format: prompt_completion`."""
+    train_on: Literal["all", "completion"] = "all"
+    """Which tokens the loss counts: all, or the completion's only (`format: prompt_completion`)."""
+    overlong: Literal["truncate", "split", "drop", "error"] = "truncate"
+    """What happens to a row longer than `max_seq_len`; always counted and reported.
+    Plain text files are cut into blocks and never too long."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A malformed row ends the run, or is skipped, counted and reported."""
+    max_bad_fraction: Fraction = 0.01
+    """With `on_bad_row: skip`, the share of bad rows above which the run ends all the same."""
+    streaming: bool = False
+    """Read the data while training instead of before."""
+    collate: Component = Component(type="lm")
+    """How samples become a batch."""
+    max_seq_len: Annotated[int, Field(ge=2)] = 512
+    """Tokens a sample at most."""
+    bucket_by_length: bool = False
+    """Batch rows of like length together."""
+    bucket_bins: list[Positive] = [64, 128, 256, 512]
+    """Upper lengths of the buckets."""
+    num_workers: Count = 4
+    """Loader processes; capped at the number of cores."""
+    prefetch_factor: Positive = 2
+    """Batches each loader process prepares ahead."""
+    persistent_workers: bool = True
+    """Keep the validation loader's processes alive between evaluations."""
+
+
+class CheckpointConfig(Section):
+    """Layer 4: checkpoints."""
+
+    interval_steps: Positive = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: Positive = 3
+    """Checkpoints to keep by step; `best.pt` and `last.pt` are always kept."""
+
+
+class EMAConfig(Section):
+    """Layer 4: exponential moving average of the weights."""
+
+    enabled: bool = True
+    """Keep an average of the weights and use it for evaluation, `best.pt` and the final model."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Decay a step, with warm-up: min(decay, (1 + step) / (10 + step))."""
+
+
+class ResumeConfig(Section):
+    """Layer 4: resuming; `--resume` on the command line wins."""
+
+    enabled: bool = False
+    """Go on from the newest valid checkpoint of the run directory; without any, start fresh and say so."""
+    checkpoint_dir: str | None = None
+    """Checkpoint file, or folder whose newest valid checkpoint is used, instead of the run directory's own."""
+
+
+class EvalConfig(Section):
+    """Layer 4: evaluation."""
+
+    metrics: list[Component] = [Component(type="ppl")]
+    """Metrics of the validation split; the loss is always computed."""
+    select_best_by: str = "ppl"
+    """Metric that decides `best.pt` and early stopping: `loss` or one of `metrics`."""
+
+
+class LoggingConfig(Section):
+    """Layer 4: labels and folder for trackers."""
+
+    project: str = "truthgpt"
+    """Project name for trackers."""
+    run_name: Label | None = None
+    """Run name for trackers; null: the top-level `run_name`."""
+    dir: str = "runs"
+    """Folder of tracker files."""
+
+
+class HardwareConfig(Section):
+    """Layer 4: the device."""
+
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """Device to train on; `auto`: cuda, then mps, then cpu."""
+    deterministic: bool = False
+    """Only deterministic kernels: bit-for-bit repeatable on a GPU, and slower."""
+
+
+class GuardsConfig(Section):
+    """Layer 4: guards against non-finite training."""
+
+    max_consecutive_skips: Positive = 10
+    """Non-finite steps in a row, each skipped and counted, after which the run ends with exit code 5."""
+
+
+class GenerateConfig(Section):
+    """Layer 4: samples during training, after every evaluation."""
+
+    prompts: list[str] = []
+    """Prompts to continue; none: no samples."""
+    max_new_tokens: Positive = 64
+    """New tokens a sample."""
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """Sampling temperature; 0: greedy."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Seed of everything random: initial weights, data order, dropout, samples."""
+    run_name: Label = "llm_default"
+    """Label of the run."""
+    output_dir: str | None = None
+    """Run directory; null: `runs/<run_name>`."""
+    plugins: list[str] = []
+    """Python modules whose components this YAML needs; imported only with `--allow-plugins`."""
+    strict: bool = False
+    """Turn every fallback (a missing optional part) into an error."""
+    model: ModelConfig = ModelConfig()
+    """Layer 1: the model."""
+    training: TrainingConfig = TrainingConfig()
+    """Layer 2: the loop."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Layer 2: the optimizer."""
+    data: DataConfig = DataConfig()
+    """Layer 3: the data."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Layer 4: checkpoints."""
+    ema: EMAConfig = EMAConfig()
+    """Layer 4: exponential moving average of the weights."""
+    resume: ResumeConfig = ResumeConfig()
+    """Layer 4: resuming."""
+    eval: EvalConfig = EvalConfig()
+    """Layer 4: evaluation."""
+    logging: LoggingConfig = LoggingConfig()
+    """Layer 4: labels and folder for trackers."""
+    hardware: HardwareConfig = HardwareConfig()
+    """Layer 4: the device."""
+    guards: GuardsConfig = GuardsConfig()
+    """Layer 4: guards against non-finite training."""
+    generate: GenerateConfig = GenerateConfig()
+    """Layer 4: samples during training."""
+
+    @property
+    def run_directory(self) -> str:
+        """`output_dir`, or `runs/<run_name>` when it is not set."""
+        return self.output_dir or f"runs/{self.run_name}"
+
+    @property
+    def tracker_run_name(self) -> str:
+        """`logging.run_name`, or `run_name` when it is not set."""
+        return self.logging.run_name or self.run_name
+
+
+BARE_NAME_SLOTS: tuple[tuple[str, ...], ...] = (
+    ("optimizer",),
+    ("training", "scheduler"),
+    ("data", "source"),
+    ("data", "collate"),
+)
+"""Where a component's bare name stands for `{type: name}`."""
+
+COMPONENT_SLOTS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("model", "attention"): ("ATTENTION_BACKENDS", "backend"),
+    ("model", "kv_cache"): ("KV_CACHES", "type"),
+    ("model", "memory"): ("MEMORY_POLICIES", "policy"),
+    ("optimizer",): ("OPTIMIZERS", "type"),
+    ("training", "scheduler"): ("SCHEDULERS", "type"),
+    ("data", "source"): ("DATASETS", "type"),
+    ("data", "collate"): ("COLLATORS", "type"),
+    ("training", "callbacks"): ("CALLBACKS", "type"),
+    ("eval", "metrics"): ("METRICS", "type"),
+}
+"""Where a component is named: its registry, and the key that holds the name. Callbacks and metrics are lists."""
+
+LIST_SLOTS: tuple[tuple[str, ...], ...] = (("training", "callbacks"), ("eval", "metrics"))
+"""The slots that hold a list of components."""
+
+ALIASES: dict[str, str] = {
+    "training.batch_size": "training.train_batch_size",
+    "training.lr": "training.learning_rate",
+}
+"""Second names of keys, accepted and rewritten on loading."""
+
+FOREIGN_NAMES: dict[str, str] = {
+    "accumulate_grad_batches": "training.grad_accum_steps",
+    "adam_beta1": "optimizer.betas",
+    "base_model": "model.name_or_path",
+    "bf16": "training.mixed_precision",
+    "cutoff_len": "data.max_seq_len",
+    "eval_steps": "training.eval_interval",
+    "fp16": "training.mixed_precision",
+    "gradient_accumulation_iters": "training.grad_accum_steps",
+    "gradient_accumulation_steps": "training.grad_accum_steps",
+    "gradient_clipping": "training.max_grad_norm",
+    "logging_steps": "training.log_interval",
+    "lr_scheduler": "training.scheduler",
+    "lr_scheduler_type": "training.scheduler",
+    "max_length": "data.max_seq_len",
+    "max_seq_length": "data.max_seq_len",
+    "micro_batch_size": "training.train_batch_size",
+    "model_name_or_path": "model.name_or_path",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "optim": "optimizer.type",
+    "per_device_eval_batch_size": "training.eval_batch_size",
+    "per_device_train_batch_size": "training.train_batch_size",
+    "report_to": "training.callbacks",
+    "resume_from_checkpoint": "resume.enabled",
+    "save_steps": "checkpoint.interval_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "sequence_len": "data.max_seq_len",
+    "tf32": "training.allow_tf32",
+    "warmup_steps": "training.warmup_ratio",
+}
+"""Keys of other trainers, and the key that means the same here."""

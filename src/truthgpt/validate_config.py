@@ -1,0 +1,463 @@
+"""From a raw mapping to a frozen Config, or one ConfigError that lists every problem. Layer 4; never imports torch."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from truthgpt.config.load import RawConfig, load_raw, redact_secrets, shown
+from truthgpt.config.load import resolved_yaml as resolved_yaml
+from truthgpt.config.schema import ALIASES, COMPONENT_SLOTS, FOREIGN_NAMES, LIST_SLOTS, Config, DataConfig
+from truthgpt.config.strict_yaml import KeyPath, boolean_hint, dotted, writing_hint
+from truthgpt.errors import ConfigError, Problem
+from truthgpt.factories.catalog import REGISTRIES
+from truthgpt.factories.datasets import DATASETS
+from truthgpt.factories.registry import Entry, Registry, accepts
+
+MAX_REPORTED = 200
+"""Mistakes explained one by one; a file with more is no configuration."""
+
+_EXPECTED = {
+    "int": "must be an integer",
+    "float": "must be a number",
+    "finite": "must be a finite number",
+    "string": "must be text",
+    "bool": "must be true or false",
+    "list": "must be a list",
+    "dict": "must be a mapping",
+    "model": "must be a mapping",
+}
+"""What the first word of a pydantic error type asks for."""
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+_LABEL = "must be letters, digits, '.', '_' or '-', beginning with a letter or digit"
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    loaded_plugins: frozenset[str] = frozenset(),
+) -> Config:
+    """Load and validate: `load_raw`, then `validate_config`.
+
+    Raises:
+        ConfigError: every problem found.
+    """
+    return validate_config(load_raw(source, overrides), loaded_plugins)
+
+
+def validate_config(raw: RawConfig | Mapping[str, Any], loaded_plugins: frozenset[str] = frozenset()) -> Config:
+    """Check a raw configuration against the schema, the registries and the rules between keys.
+
+    Args:
+        raw: what `load_raw` returned, or a mapping.
+        loaded_plugins: names of the plugin modules that are imported.
+
+    Returns:
+        The configuration with every default filled in, those of the components included.
+
+    Raises:
+        ConfigError: every problem found, those held in `raw` included.
+    """
+    if not isinstance(raw, RawConfig):
+        raw = load_raw(raw)
+    findings = _Findings(raw)
+    data = copy.deepcopy(raw.data)
+    _resolve_components(data, findings)
+    config = _check_schema(data, findings)
+    for rule in (_model_rules, _data_rules, _evaluation_rules):
+        for broken in rule(config):
+            findings.add_rule(broken)
+    for broken in _plugin_rules(config, loaded_plugins):
+        findings.add_rule(broken)
+    if findings.problems:
+        raise ConfigError(sorted(findings.problems, key=lambda p: (p.file or "", p.line or 0)))
+    return config
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """A rule between keys that is broken. `depends` are the other keys the verdict rests on."""
+
+    path: KeyPath
+    message: str
+    suggestion: str | None = None
+    depends: tuple[KeyPath, ...] = ()
+
+
+class _Findings:
+    """The problems found so far, and the paths whose values cannot be trusted because of them."""
+
+    def __init__(self, raw: RawConfig) -> None:
+        self.raw = raw
+        self.problems: list[Problem] = list(raw.problems)
+        self._doubtful: list[KeyPath] = []
+
+    def add(self, path: KeyPath, message: str, suggestion: str | None = None, meant: str | None = None) -> None:
+        """Report a problem at `path`; `meant` is the dotted key that was probably meant."""
+        self.problems.append(self.raw.problem(path, message, suggestion))
+        self.doubt(path)
+        if meant is not None:
+            self.doubt(tuple(meant.split(".")))
+
+    def doubt(self, path: KeyPath) -> None:
+        """Keep rules from judging what stands at `path`."""
+        self._doubtful.append(path)
+
+    def add_rule(self, broken: _Broken) -> None:
+        """Report a broken rule, unless a mistake reported already may be its cause."""
+        for path in (broken.path, *broken.depends):
+            if any(_overlap(path, doubtful) for doubtful in self._doubtful):
+                return
+        self.problems.append(self.raw.problem(broken.path, broken.message, broken.suggestion))
+
+
+def _overlap(first: KeyPath, second: KeyPath) -> bool:
+    shared = min(len(first), len(second))
+    return first[:shared] == second[:shared]
+
+
+# --- components ------------------------------------------------------------------------------------------------------
+
+
+def _resolve_components(data: dict[str, Any], findings: _Findings) -> None:
+    """Check the options of every named component and fill in their defaults, in place."""
+    defaults = Config().model_dump()
+    for slot, (registry_name, key) in COMPONENT_SLOTS.items():
+        parent: Any = data
+        default: Any = defaults
+        for part in slot[:-1]:
+            parent = parent.setdefault(part, {}) if isinstance(parent, dict) else None
+            default = default[part]
+        if not isinstance(parent, dict):
+            continue
+        registry = REGISTRIES[registry_name]
+        value = parent.setdefault(slot[-1], default[slot[-1]])
+        if slot in LIST_SLOTS and isinstance(value, list):
+            items = [{key: item} if isinstance(item, str) else item for item in value]
+            parent[slot[-1]] = [
+                _resolve(item, (*slot, index), registry, key, (key,), findings) for index, item in enumerate(items)
+            ]
+        elif slot not in LIST_SLOTS:
+            own = _section_at(slot).model_fields
+            if isinstance(value, dict) and key not in value:
+                value = {key: default[slot[-1]][key], **value}
+            parent[slot[-1]] = _resolve(value, slot, registry, key, tuple(own), findings)
+
+
+def _resolve(value: Any, path: KeyPath, registry: Registry, key: str, own: tuple[str, ...], findings: _Findings) -> Any:
+    """One component with its options checked and filled in. `own` are the keys of the section itself."""
+    if not isinstance(value, dict) or key not in value or not isinstance(value[key], str):
+        return value  # the schema says what is wrong with it
+    name = value[key]
+    name_path = (*path, key) if (*path, key) in findings.raw.origins else path
+    if name not in registry:
+        message = f"no {registry.kind} is called {shown(name)}; there are: {', '.join(registry.names())}"
+        near = difflib.get_close_matches(name, registry.names(), n=1)
+        findings.add(name_path, message, f"did you mean {near[0]}?" if near else None)
+        findings.doubt(path)
+        return {k: v for k, v in value.items() if k in own}
+    entry = registry.entry(name)
+    options = {k: v for k, v in value.items() if k not in own}
+    kept = {k: v for k, v in value.items() if k in own}
+    try:
+        return {**kept, **entry.options.model_validate(options).model_dump()}
+    except ValidationError as error:
+        label = f"{registry.kind} {name}"
+        allowed = [*entry.options.model_fields, *own]
+        for details in error.errors(include_url=False)[:MAX_REPORTED]:
+            _report(details, path, allowed, label, findings)
+        return kept
+
+
+# --- the schema ------------------------------------------------------------------------------------------------------
+
+
+def _check_schema(data: dict[str, Any], findings: _Findings) -> Config:
+    """The Config that `data` describes; wrong values are reported, and left out so that the rest can be judged."""
+    first = True
+    while True:
+        try:
+            return Config.model_validate(data)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        if first:  # later ones are consequences of what was left out
+            for details in errors[:MAX_REPORTED]:
+                allowed = list(_section_at(details["loc"][:-1]).model_fields)
+                _report(details, (), allowed, None, findings)
+            if len(errors) > MAX_REPORTED:
+                findings.problems.append(findings.raw.problem((), f"{len(errors) - MAX_REPORTED} more mistakes"))
+        first = False
+        paths = {details["loc"][:-1] if details["type"] == "missing" else details["loc"] for details in errors}
+        for path in sorted(paths, key=_removal_order, reverse=True):
+            _remove(data, path)
+
+
+def _removal_order(path: KeyPath) -> tuple[int, str, int]:
+    last = path[-1] if path else 0
+    return len(path), dotted(path[:-1]), last if isinstance(last, int) else 0
+
+
+def _remove(data: Any, path: KeyPath) -> None:
+    """Delete what stands at `path`; longest path and last list item first, so that positions stay right."""
+    for part in path[:-1]:
+        data = data[part]
+    del data[path[-1]]
+
+
+def _section_at(path: KeyPath) -> type[BaseModel]:
+    """The section of the schema at `path`, or the nearest one above it."""
+    section: type[BaseModel] = Config
+    for part in path:
+        found = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(found, type) and issubclass(found, BaseModel)):
+            break
+        section = found
+    return section
+
+
+def _report(
+    details: ErrorDetails, base: KeyPath, allowed: list[str], component: str | None, findings: _Findings
+) -> None:
+    """Report a pydantic error below `base`. `component` names the owner of the options, None for the schema."""
+    path = (*base, *details["loc"])
+    if details["type"] == "extra_forbidden":
+        name = str(path[-1])
+        what = f"{component} has no option of this name" if component else "unknown key"
+        meant, suggestion = _nearest(name, path[:-1], allowed)
+        findings.add(path, f"{what}; allowed here: {', '.join(sorted(allowed))}", suggestion, meant)
+    elif details["type"] == "missing":
+        findings.add(path, f"missing; {component or 'it'} needs it")
+    else:
+        value = _value_at(findings.raw.data, path, details["input"])
+        message, suggestion = _explain(details, value)
+        findings.add(path, f"{message}; found {shown(value)}", suggestion)
+
+
+def _value_at(data: Any, path: KeyPath, otherwise: Any) -> Any:
+    """What the user wrote at `path`; validators may have seen something else."""
+    for part in path:
+        in_list = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if not in_list and not (isinstance(data, dict) and part in data):
+            return otherwise
+        data = data[part]
+    return data
+
+
+def _explain(details: ErrorDetails, value: Any) -> tuple[str, str | None]:
+    """What is allowed where pydantic found `value`, and how to fix it."""
+    kind = details["type"]
+    limits = details.get("ctx") or {}
+    first = kind.split("_")[0]
+    if kind == "literal_error":
+        expected = str(limits["expected"]).replace("True", "true").replace("False", "false")
+        choices = re.findall(r"'([^']*)'", expected)
+        near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+        fix = boolean_hint(value) if "true" in expected else None
+        return f"must be {expected}", fix or (f"did you mean {near[0]}?" if near else None)
+    for name, words in _LIMITS.items():
+        if name in limits:
+            return f"must be {words} {limits[name]}", None
+    if kind == "string_pattern_mismatch":
+        return _LABEL, None
+    if first == "string" and "max_length" in limits:
+        return f"must be at most {limits['max_length']} characters long", None
+    if kind in ("too_short", "too_long"):
+        bound = f"at least {limits['min_length']}" if kind == "too_short" else f"at most {limits['max_length']}"
+        return f"must have {bound} items, not {limits['actual_length']}", None
+    if first not in _EXPECTED:
+        return redact_secrets(details["msg"]).removeprefix("Value error, "), None
+    return _EXPECTED[first], writing_hint(first, value)
+
+
+@cache
+def _keys_by_name() -> dict[str, list[str]]:
+    """Every key of the schema, dotted, by its last name; aliases under their own name."""
+    found: dict[str, list[str]] = {}
+
+    def collect(section: type[BaseModel], path: KeyPath) -> None:
+        for name in section.model_fields:
+            found.setdefault(name, []).append(dotted((*path, name)))
+            inner = _section_at((*path, name))
+            if inner is not section:
+                collect(inner, (*path, name))
+
+    collect(Config, ())
+    for alias, name in ALIASES.items():
+        found.setdefault(alias.split(".")[-1], []).append(name)
+    return found
+
+
+def _nearest(name: str, parent: KeyPath, allowed: list[str]) -> tuple[str | None, str | None]:
+    """The key (dotted) that an unknown `name` under `parent` probably means, and the suggestion that says so."""
+    if name in FOREIGN_NAMES:
+        return FOREIGN_NAMES[name], f"here this is {FOREIGN_NAMES[name]}"
+    keys = _keys_by_name()
+    if name in keys and len(keys[name]) <= 2:
+        return keys[name][0], f"did you mean {' or '.join(keys[name])}?"
+    name = name[:80]
+    for choice in difflib.get_close_matches(name, allowed, n=1):
+        key = dotted((*parent, choice))
+        return key, f"did you mean {choice}?"
+    for choice in difflib.get_close_matches(name, keys, n=1, cutoff=0.8):
+        return keys[choice][0], f"did you mean {' or '.join(keys[choice][:2])}?"
+    return None, None
+
+
+# --- rules between keys ----------------------------------------------------------------------------------------------
+
+_LATER = "is not in this version"
+
+
+def _model_rules(config: Config) -> Iterator[_Broken]:
+    model = config.model
+    name, init, model_type = ("model", "name_or_path"), ("model", "init"), ("model", "config", "model_type")
+    if model.name_or_path is None and model.init == "pretrained":
+        yield _Broken(name, "missing; init: pretrained needs it", "give a Hub id or a local folder", (init,))
+    elif model.name_or_path is None and "model_type" not in model.config:
+        fix = "set it, or model.name_or_path, or `extends: llm_default`"
+        yield _Broken(model_type, "missing; a model from scratch needs it", fix, (init, name, ("extends",)))
+    elif "model_type" in model.config and not isinstance(model.config["model_type"], str):
+        found = shown(model.config["model_type"])
+        yield _Broken(model_type, f"must be the name of a transformers model type; found {found}")
+    tokenizer = model.tokenizer
+    kind = ("model", "tokenizer", "type")
+    for key, owner in (("vocab_size", "bpe"), ("path", "path")):
+        value = getattr(tokenizer, key)
+        if value is None and tokenizer.type == owner:
+            yield _Broken(("model", "tokenizer", key), f"missing; type: {owner} needs it", None, (kind,))
+        elif value is not None and tokenizer.type != owner:
+            message = f"is for type: {owner} only; the type is {tokenizer.type}"
+            yield _Broken(("model", "tokenizer", key), message, f"leave it out, or set type: {owner}", (kind,))
+    if model.kv_cache.type == "none" and model.kv_cache.block_size != type(model.kv_cache)().block_size:
+        message = "is not read by kv_cache.type: none"
+        yield _Broken(("model", "kv_cache", "block_size"), message, "leave it out", (("model", "kv_cache", "type"),))
+    if model.lora.enabled:
+        yield _Broken(("model", "lora", "enabled"), f"true {_LATER}", "set it to false: all weights are trained")
+
+
+def _data_rules(config: Config) -> Iterator[_Broken]:
+    data = config.data
+    for key in ("streaming", "bucket_by_length"):
+        if getattr(data, key):
+            yield _Broken(("data", key), f"true {_LATER}", "set it to false")
+    source = ("data", "source")
+    if data.source.type in DATASETS:
+        entry = DATASETS.entry(data.source.type)
+        for key in DATASETS.runtime:
+            value = getattr(data, key)
+            if accepts(entry.build, key):
+                if value is None and _required(entry.build, key):
+                    message = f"missing; data source {entry.name} needs it"
+                    yield _Broken(("data", key), message, None, (source,))
+            elif value != DataConfig.model_fields[key].default:
+                readers = [other.name for other in DATASETS if accepts(other.build, key)]
+                fix = f"leave it out, or set data.source to {' or '.join(readers)}" if readers else "leave it out"
+                yield _Broken(("data", key), f"is not read by data source {entry.name}", fix, (source,))
+    if data.train_on == "completion" and data.format != "prompt_completion":
+        message = f"completion needs format: prompt_completion; the format is {data.format}"
+        yield _Broken(("data", "train_on"), message, "set data.format: prompt_completion", (("data", "format"),))
+
+
+def _required(builder: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(builder).parameters
+    return name in parameters and parameters[name].default is inspect.Parameter.empty
+
+
+def _evaluation_rules(config: Config) -> Iterator[_Broken]:
+    names = ["loss", *(metric.type for metric in config.eval.metrics if metric.type != "loss")]
+    chosen = config.eval.select_best_by
+    if chosen not in names:
+        message = f"must be loss or one of eval.metrics ({', '.join(names)}); found {shown(chosen)}"
+        near = difflib.get_close_matches(chosen, names, n=1)
+        fix = f"did you mean {near[0]}?" if near else "add it to eval.metrics, or choose another"
+        yield _Broken(("eval", "select_best_by"), message, fix, (("eval", "metrics"),))
+
+
+def _plugin_rules(config: Config, loaded: frozenset[str]) -> Iterator[_Broken]:
+    for index, name in enumerate(config.plugins):
+        if name not in loaded:
+            fix = "--allow-plugins imports what a YAML lists, which runs its code"
+            yield _Broken(("plugins", index), f"needs the module {shown(name)}, which is not loaded", fix)
+
+
+# --- what the whole contract looks like ------------------------------------------------------------------------------
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a YAML file, with the options of every registered component inside its slot."""
+    from pydantic.json_schema import models_json_schema  # 30 ms that validation need not pay
+
+    entries = {name: list(registry) for name, registry in REGISTRIES.items()}
+    models = {Config} | {entry.options for group in entries.values() for entry in group}
+    ordered = sorted(models, key=lambda model: (model.__module__, model.__qualname__))
+    references, document = models_json_schema([(model, "validation") for model in ordered])
+    definitions: dict[str, Any] = document["$defs"]
+    named = {model: definitions[references[model, "validation"]["$ref"].rsplit("/", 1)[-1]] for model in ordered}
+    root = named[Config]
+    for slot, (registry_name, key) in COMPONENT_SLOTS.items():
+        section = root
+        for part in slot[:-1]:
+            section = _followed(section["properties"][part], definitions)
+        _fill_slot(
+            section["properties"], slot, key, [(e, named[e.options]) for e in entries[registry_name]], definitions
+        )
+    for alias, target in ALIASES.items():
+        group, old = alias.split(".")
+        keys = _followed(root["properties"][group], definitions)["properties"]
+        keys[old] = {**keys[target.split(".")[1]], "description": f"Second name of `{target}`."}
+    extends = "YAML file (relative to this one) or preset whose values this file changes."
+    root["properties"]["extends"] = {"type": "string", "description": extends}
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **root, "title": "TruthGPT configuration", "$defs": definitions}
+
+
+def _followed(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """The definition a property refers to."""
+    definition: dict[str, Any] = definitions[schema["$ref"].rsplit("/", 1)[-1]]
+    return definition
+
+
+def _fill_slot(
+    properties: dict[str, Any],
+    slot: tuple[str, ...],
+    key: str,
+    entries: list[tuple[Entry, dict[str, Any]]],
+    definitions: dict[str, Any],
+) -> None:
+    """Replace the free options of a slot by those of the registered components."""
+    free = properties[slot[-1]]
+    own: dict[str, Any] = {}
+    default = None
+    if slot not in LIST_SLOTS:
+        own = dict(_followed(free, definitions)["properties"])
+        del own[key]
+        default = free["default"][key]
+    choices: list[dict[str, Any]] = [] if slot[0] == "model" else [{"enum": [entry.name for entry, _ in entries]}]
+    for entry, options in entries:
+        needed = options.get("required") or []
+        choices.append(
+            {
+                "type": "object",
+                "description": entry.summary,
+                "properties": {
+                    key: {"const": entry.name},
+                    **own,
+                    **(options.get("properties") or {}),
+                },
+                "required": [*needed] if entry.name == default else [key, *needed],
+                "additionalProperties": False,
+            }
+        )
+    rest = {k: v for k, v in free.items() if k in ("default", "description")}
+    items = {"anyOf": choices}
+    properties[slot[-1]] = {**rest, "type": "array", "items": items} if slot in LIST_SLOTS else {**rest, **items}
