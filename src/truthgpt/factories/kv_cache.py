@@ -1,0 +1,20 @@
+"""KV_CACHES: what generation keeps of the tokens it has seen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from truthgpt.factories.registry import NoOptions, Registry
+
+if TYPE_CHECKING:
+    from truthgpt.kv_cache.base import KVCachePolicy
+
+KV_CACHES = Registry("kv cache", runtime=("block_size",))
+
+
+@KV_CACHES.register("none", options=NoOptions)
+def build_none() -> KVCachePolicy:
+    """No cache, which is right for training."""
+    from truthgpt.kv_cache.none import NoKVCache
+
+    return NoKVCache()

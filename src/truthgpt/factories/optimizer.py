@@ -1,0 +1,109 @@
+"""OPTIMIZERS: what updates the weights.
+
+A builder receives parameter groups (dicts with their own `weight_decay`) and returns a `torch.optim.Optimizer`.
+`fused` reaches only a builder that names it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from pydantic import AfterValidator, Field
+
+from truthgpt.factories.registry import Options, Registry
+
+if TYPE_CHECKING:
+    import torch
+
+OPTIMIZERS = Registry("optimizer", runtime=("params", "lr", "weight_decay", "fused"))
+
+Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
+"""Two decay rates in [0, 1), as YAML writes them: `[0.9, 0.95]`."""
+NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+def _second_is_number(eps: list[float | None]) -> list[float | None]:
+    if eps[1] is None:
+        raise ValueError("the second value must be a number, only the first may be null")
+    return eps
+
+
+AdafactorEps = Annotated[list[NotNegative | None], Field(min_length=2, max_length=2), AfterValidator(_second_is_number)]
+"""A number or null, then a number."""
+
+
+class AdamWOptions(Options):
+    """Options of `adamw`."""
+
+    betas: Betas = Field(default=[0.9, 0.999])
+    """Decay rates of the averages of the gradient and of its square."""
+    eps: NotNegative = 1e-8
+    """Added to the denominator."""
+
+
+class LionOptions(Options):
+    """Options of `lion`."""
+
+    betas: Betas = Field(default=[0.9, 0.99])
+    """Share of the momentum in the update, and decay rate of the momentum."""
+
+
+class AdafactorOptions(Options):
+    """Options of `adafactor`."""
+
+    eps: AdafactorEps = Field(default=[None, 1e-3])
+    """Floor of the squared gradients' root (null: the machine epsilon of the weights) and of the weights' RMS."""
+    d: Annotated[float, Field(ge=1.0)] = 1.0
+    """Clipping threshold of the update's RMS."""
+    beta2_decay: Annotated[float, Field(le=0.0)] = -0.8
+    """Exponent of the step in the decay of the squared gradients, 1 - step ** beta2_decay."""
+
+
+@OPTIMIZERS.register("adamw", options=AdamWOptions)
+def build_adamw(
+    params: list[dict[str, Any]], lr: float, weight_decay: float, fused: bool, betas: list[float], eps: float
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), torch's, with its fused kernel on CPU and CUDA."""
+    import torch
+
+    fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in params for p in g["params"])
+    # Not False: that would also rule out the foreach kernels, the best there is without fusing.
+    kernel = True if fused and fusable else None
+    beta1, beta2 = betas
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=kernel)
+
+    def keep_kernel(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        # Loading would bring back the kernel of the run that saved, which may have been on another device.
+        return {**state, "param_groups": [{**group, "fused": kernel} for group in state["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(keep_kernel)
+    return optimizer
+
+
+@OPTIMIZERS.register("lion", options=LionOptions)
+def build_lion(
+    params: list[dict[str, Any]], lr: float, weight_decay: float, betas: list[float]
+) -> torch.optim.Optimizer:
+    """Lion (Chen et al. 2023): sign of the momentum; half of AdamW's state, about a tenth of its learning rate."""
+    from truthgpt.optim.lion import Lion
+
+    beta1, beta2 = betas
+    return Lion(params, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+
+
+@OPTIMIZERS.register("adafactor", options=AdafactorOptions)
+def build_adafactor(
+    params: list[dict[str, Any]],
+    lr: float,
+    weight_decay: float,
+    eps: list[float | None],
+    d: float,
+    beta2_decay: float,
+) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer and Stern 2018), torch's: factored second moments, steps relative to the weights' RMS."""
+    import torch
+
+    floor, scale = eps[0], cast(float, eps[1])  # the options model lets only the first be null
+    return torch.optim.Adafactor(
+        params, lr=lr, beta2_decay=beta2_decay, eps=(floor, scale), d=d, weight_decay=weight_decay
+    )
