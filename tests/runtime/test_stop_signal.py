@@ -1,0 +1,58 @@
+"""Signals: the first asks, the second leaves at once, handlers come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from truthgpt.runtime.stop_signal import StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_remembered_and_said(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignal() as stop:
+        assert not stop.requested and stop.name is None
+        os.kill(os.getpid(), number)
+        assert stop.requested and stop.name == number.name
+    assert f"{number.name}: finishing the step and saving" in capfd.readouterr().err
+
+
+def test_the_old_handlers_come_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stop = StopSignal()
+    with pytest.raises(KeyError), stop:
+        assert signal.getsignal(signal.SIGTERM) == stop._on_signal
+        raise KeyError
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("pair", [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGINT", "SIGINT")])
+def test_the_second_signal_ends_the_process_at_once(pair: tuple[str, str]) -> None:
+    program = (
+        "import os, signal, time\nfrom truthgpt.runtime.stop_signal import StopSignal\n"
+        "try:\n  with StopSignal() as stop:\n    "
+        f"os.kill(os.getpid(), signal.{pair[0]}); assert stop.requested\n    "
+        f"os.kill(os.getpid(), signal.{pair[1]}); time.sleep(9)\n"
+        "finally: print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (143, "")
+
+
+def test_outside_the_main_thread_nothing_is_installed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work() -> None:
+        with StopSignal() as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
