@@ -1,0 +1,80 @@
+"""The order of samples as a keyed permutation: any position is computed alone, nothing is stored or replayed."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+ROUNDS = 6
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+UInt64Array = npt.NDArray[np.uint64]
+
+
+class KeyedPermutation:
+    """A pseudo-random bijection of `range(length)` chosen by `key`, in O(1) time and memory a position.
+
+    A Feistel network over the smallest power of two that holds `length`; a value that falls outside is sent through
+    again until it falls inside ("cycle walking", Black and Rogaway 2002: fewer than two passes on average). The round
+    function is the finaliser of splitmix64 (Steele et al. 2014). Statistically mixed, not a cipher.
+
+    Args:
+        length: number of positions, 1 to 2**62.
+        key: any integer; its low 64 bits count.
+    """
+
+    def __init__(self, length: int, key: int) -> None:
+        if not 1 <= length <= 2**62:
+            raise ValueError(f"length must be 1 to 2**62, not {length}")
+        self.length = length
+        bits = max(2, (length - 1).bit_length())
+        self._left_bits = np.uint64(bits // 2)
+        self._right_bits = np.uint64(bits - bits // 2)
+        counter = np.arange(1, ROUNDS + 1, dtype=np.uint64)
+        self._round_keys = _mix(np.uint64(key & (2**64 - 1)) + counter * _GOLDEN)
+
+    def __call__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Images of `positions`, an integer array of any shape with values in `range(length)`.
+
+        Raises:
+            IndexError: a position outside `range(length)`.
+        """
+        if positions.size and (int(positions.min()) < 0 or int(positions.max()) >= self.length):
+            raise IndexError(f"positions must be in range({self.length})")
+        values = self._feistel(positions.astype(np.uint64))
+        outside = values >= self.length
+        while outside.any():
+            values[outside] = self._feistel(values[outside])
+            outside = values >= self.length
+        return values.astype(np.int64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> int:
+        """Image of one position."""
+        return int(self(np.array([position], dtype=np.int64))[0])
+
+    def _feistel(self, values: UInt64Array) -> UInt64Array:
+        """One pass over the power of two. Halves of unequal width swap their widths every round."""
+        low_bits, high_bits = self._right_bits, self._left_bits
+        for round_key in self._round_keys:
+            low = values & _ones(low_bits)
+            high = values >> low_bits
+            mixed = high ^ (_mix(low + round_key) & _ones(high_bits))
+            values = (low << high_bits) | mixed
+            low_bits, high_bits = high_bits, low_bits
+        return values
+
+
+def _ones(bits: np.uint64) -> np.uint64:
+    return (np.uint64(1) << bits) - np.uint64(1)
+
+
+def _mix(values: UInt64Array) -> UInt64Array:
+    """Finaliser of splitmix64; wraps modulo 2**64."""
+    values = (values ^ (values >> np.uint64(30))) * _MIX_1
+    values = (values ^ (values >> np.uint64(27))) * _MIX_2
+    return values ^ (values >> np.uint64(31))

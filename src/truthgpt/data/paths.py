@@ -1,0 +1,67 @@
+"""Which files a `data.path` means: shared by the sources that read local files."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from truthgpt.errors import DataError
+
+
+def resolve_files(patterns: Sequence[str], suffix: str | None = None) -> list[Path]:
+    """Files that `patterns` name, each once, in the order of the patterns and sorted by path within each.
+
+    A pattern is a file, a folder (all files below it; hidden ones, whose name starts with a dot, are left out), or a
+    glob, where `**` matches any depth. `~` is the home folder.
+
+    Args:
+        patterns: files, folders or globs, relative to the working directory.
+        suffix: within a folder take only the files that end so, for example `.jsonl`; None takes all.
+
+    Raises:
+        DataError: a pattern that matches no file, or no pattern at all.
+    """
+    files: dict[Path, Path] = {}
+    for pattern in patterns:
+        matches = list(_match(Path(pattern).expanduser(), suffix))
+        if not matches:
+            wanted = f"no {suffix} file" if suffix else "no file"
+            raise DataError(
+                f"data path {pattern!r}: {wanted} found (working directory {Path.cwd()}); give an existing file, "
+                "a folder with files in it, or a glob such as 'texts/**/*.txt'"
+            )
+        for match in matches:
+            files.setdefault(match.resolve(), match)
+    if not files:
+        raise DataError("data path: the list is empty; give at least one file, folder or glob")
+    return list(files.values())
+
+
+def file_keys(files: Sequence[Path]) -> list[str]:
+    """Name of each file relative to the deepest folder that holds them all, so that moving that folder changes none."""
+    resolved = [file.resolve() for file in files]
+    common = Path(os.path.commonpath([file.parent for file in resolved]))
+    return [file.relative_to(common).as_posix() for file in resolved]
+
+
+def _match(path: Path, suffix: str | None) -> Iterator[Path]:
+    """Files of one pattern, sorted. An existing path wins over its reading as a glob (`notes[1].txt`)."""
+    # Path.glob takes no absolute pattern and lets `*` match hidden files.
+    names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+    for match in map(Path, names):
+        if match.is_dir():
+            yield from _files_below(match, suffix)
+        elif match.is_file():
+            yield match
+
+
+def _files_below(folder: Path, suffix: str | None) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and (suffix is None or file.name.endswith(suffix))
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )

@@ -1,0 +1,163 @@
+"""Training samples over tokenised documents: blocks of a stream, or one row each."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from truthgpt.data.base import IGNORED_LABEL, Document, Sample
+from truthgpt.data.token_store import TokenStore
+from truthgpt.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Overlong = Literal["truncate", "split", "drop", "error"]
+
+Int64Array = npt.NDArray[np.int64]
+_ROWS_AT_ONCE = 65_536
+
+
+class BlockDataset:
+    """All documents joined and cut into blocks of `max_seq_len` tokens; the last block may be shorter.
+
+    Block i reads tokens `i * T` to `(i + 1) * T`, the last one only as a label, so every token but the first is
+    predicted exactly once.
+
+    Raises:
+        DataError: fewer than two tokens.
+    """
+
+    def __init__(self, store: TokenStore, max_seq_len: int) -> None:
+        if len(store) < 2:
+            raise DataError(f"the data has {len(store)} tokens; at least 2 are needed to predict one")
+        self.fingerprint = _fingerprint(store, "stream", max_seq_len)
+        self._store = store
+        self._max_seq_len = max_seq_len
+
+    def __len__(self) -> int:
+        return -(-(len(self._store) - 1) // self._max_seq_len)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Block `index`; `(T,)`, the last one `(<= T,)`."""
+        start = range(len(self))[index] * self._max_seq_len
+        return _read_sample(self._store, start, min(start + self._max_seq_len + 1, len(self._store)))
+
+
+class RowDataset:
+    """Each document a sample of its own, at most `max_seq_len` tokens of input.
+
+    A longer row is cut (`truncate`), becomes several samples (`split`), is left out (`drop`) or ends the run (`error`).
+    Samples without a supervised token are left out. All three are counted and said in one line.
+
+    Args:
+        store: the tokenised rows.
+        max_seq_len: tokens of input at most; the label of the last one may be one token further.
+        overlong: what happens to longer rows.
+        documents: the rows themselves, only to name one that is too long in the error.
+
+    Raises:
+        DataError: a row that is too long, with `overlong: error`; or no sample left.
+    """
+
+    def __init__(
+        self, store: TokenStore, max_seq_len: int, overlong: Overlong, documents: Iterable[Document] | None = None
+    ) -> None:
+        self.fingerprint = _fingerprint(store, f"rows {overlong}", max_seq_len)
+        self._store = store
+        lengths = np.diff(store.offsets)
+        too_long = lengths > max_seq_len + 1
+        self.overlong_rows = int(too_long.sum())
+        """Rows of more than `max_seq_len` tokens."""
+        if self.overlong_rows and overlong == "error":
+            _refuse(int(np.flatnonzero(too_long)[0]), lengths, max_seq_len, documents)
+        starts, lengths = _windows(np.array(store.offsets), max_seq_len, overlong)
+        supervised = _supervised(store, starts, lengths) > 0
+        self.unsupervised_samples = int((~supervised).sum())
+        """Samples left out because the loss counts none of their tokens."""
+        self._starts = starts[supervised]
+        self._lengths = lengths[supervised].astype(np.int32)
+        self._report(max_seq_len, overlong)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, `(<= max_seq_len,)`."""
+        start = int(self._starts[index])
+        return _read_sample(self._store, start, start + int(self._lengths[index]))
+
+    def _report(self, max_seq_len: int, overlong: Overlong) -> None:
+        rows = self._store.meta.documents
+        if self.overlong_rows:
+            done = {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong]
+            level = logging.INFO if overlong == "split" else logging.WARNING
+            logger.log(
+                level, "%s %d of %d rows longer than max_seq_len %d tokens", done, self.overlong_rows, rows, max_seq_len
+            )
+        if self.unsupervised_samples:
+            logger.warning(
+                "left out %d samples without a token the loss counts (train_on, max_seq_len %d)",
+                self.unsupervised_samples,
+                max_seq_len,
+            )
+        if len(self) == 0:
+            raise DataError(
+                f"0 usable rows of {rows}: {self.overlong_rows} are longer than data.max_seq_len {max_seq_len} "
+                f"(data.overlong: {overlong}), {self.unsupervised_samples} samples have no token the loss counts; "
+                "raise data.max_seq_len or set data.train_on: all"
+            )
+
+
+def _windows(offsets: Int64Array, max_seq_len: int, overlong: Overlong) -> tuple[Int64Array, Int64Array]:
+    """First token and number of tokens of every sample, in order; a sample of n tokens predicts n - 1."""
+    starts, ends = offsets[:-1], offsets[1:]
+    if overlong == "drop":
+        fits = ends - starts <= max_seq_len + 1
+        starts, ends = starts[fits], ends[fits]
+    elif overlong == "split":
+        pieces = np.maximum(-(-(ends - starts - 1) // max_seq_len), 1)
+        piece_in_row = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        starts, ends = np.repeat(starts, pieces) + piece_in_row * max_seq_len, np.repeat(ends, pieces)
+    return starts, np.minimum(ends - starts, max_seq_len + 1)
+
+
+def _supervised(store: TokenStore, starts: Int64Array, lengths: Int64Array) -> Int64Array:
+    """Supervised labels of every sample. Reads the mask a few thousand rows at a time, to keep memory bounded."""
+    if store.trained is None:
+        return lengths - 1
+    counts = np.empty(len(starts), dtype=np.int64)
+    for first in range(0, len(starts), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        low, high = int(starts[rows][0]), int((starts[rows] + lengths[rows]).max())
+        running = np.concatenate([[0], np.cumsum(store.trained[low:high], dtype=np.int64)])
+        counts[rows] = running[starts[rows] + lengths[rows] - low] - running[starts[rows] + 1 - low]
+    return counts
+
+
+def _refuse(row: int, lengths: Int64Array, max_seq_len: int, documents: Iterable[Document] | None) -> None:
+    place = f"row {row} (from 0)"
+    if documents is not None:
+        place = next(islice(documents, row, None)).where
+    raise DataError(
+        f"{place}: {lengths[row] - 1} tokens, data.max_seq_len is {max_seq_len}; raise it, or set data.overlong to "
+        "truncate, split or drop"
+    )
+
+
+def _read_sample(store: TokenStore, start: int, end: int) -> Sample:
+    """Tokens `start` to `end`: all but the last are inputs, all but the first labels."""
+    tokens = store.tokens[start:end].astype(np.int64)
+    labels = tokens[1:].copy()
+    if store.trained is not None:
+        labels[store.trained[start + 1 : end] == 0] = IGNORED_LABEL
+    return {"input_ids": tokens[:-1], "labels": labels}
+
+
+def _fingerprint(store: TokenStore, layout: str, max_seq_len: int) -> str:
+    return hashlib.sha256(f"{store.digest} {layout} {max_seq_len}".encode()).hexdigest()

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from contextlib import closing
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from truthgpt.data.base import Batch, GlobalBatch, Sample
+from truthgpt.data.collate import LMCollator
+from truthgpt.data.loader import EvalLoader, GlobalBatchLoader, WorkerSettings
+from truthgpt.errors import DataError
+
+
+class Counting:
+    """Sample i holds `1 + i % 4` times the number i."""
+
+    def __init__(self, samples: int, fingerprint: str = "a" * 64) -> None:
+        self.fingerprint = fingerprint
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Sample:
+        values = np.full(1 + index % 4, index, dtype=np.int64)
+        return {"input_ids": values, "labels": values}
+
+
+def loader(
+    samples: int = 23, micro: int = 2, accum: int = 3, seed: int = 1, workers: int = 0, dataset: Counting | None = None
+) -> GlobalBatchLoader:
+    return GlobalBatchLoader(
+        dataset or Counting(samples),
+        LMCollator(0),
+        micro_batch_size=micro,
+        grad_accum_steps=accum,
+        seed=seed,
+        workers=WorkerSettings(num_workers=workers),
+    )
+
+
+def take(source: GlobalBatchLoader, start_step: int, count: int) -> list[GlobalBatch]:
+    with closing(source.batches(start_step)) as batches:
+        return list(islice(batches, count))
+
+
+def plain(batch: Batch) -> dict[str, list[list[int]]]:
+    return {name: tensor.tolist() for name, tensor in batch.items()}
+
+
+def values(batches: list[GlobalBatch]) -> list[object]:
+    return [(b.epoch, b.samples, b.tokens, [plain(micro) for micro in b.micro_batches]) for b in batches]
+
+
+def samples_of(batch: GlobalBatch) -> list[int]:
+    return [int(row[0]) for micro in batch.micro_batches for row in micro["input_ids"]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**40))
+def test_an_epoch_holds_every_sample_once(samples: int, micro: int, accum: int, seed: int) -> None:
+    source = loader(samples, micro, accum, seed)
+    steps = source.steps_per_epoch
+    assert steps == -(-samples // (micro * accum))
+    batches = take(source, 0, 2 * steps)
+    for epoch in (0, 1):
+        in_epoch = batches[epoch * steps : (epoch + 1) * steps]
+        assert [batch.epoch for batch in in_epoch] == [epoch] * steps
+        assert sorted(index for batch in in_epoch for index in samples_of(batch)) == list(range(samples))
+        for batch in in_epoch[:-1]:
+            assert [len(m["input_ids"]) for m in batch.micro_batches] == [micro] * accum
+    for batch in batches:
+        assert batch.samples == len(samples_of(batch))
+        assert batch.tokens == sum(1 + index % 4 for index in samples_of(batch))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.integers(0, 50))
+def test_starting_late_is_dropping_the_first_steps(samples: int, micro: int, accum: int, start: int) -> None:
+    source = loader(samples, micro, accum)
+    assert values(take(source, start, 5)) == values(take(source, 0, start + 5))[start:]
+
+
+def test_any_step_is_reached_at_once() -> None:
+    started = time.monotonic()
+    (batch,) = take(loader(10**9, 4, 2), 10**12, 1)
+    assert time.monotonic() - started < 1
+    assert batch.epoch == 10**12 // (10**9 // 8)
+    assert len(set(samples_of(batch))) == 8
+
+
+def test_partial_last_batch_is_kept() -> None:
+    sizes = [[len(m["labels"]) for m in batch.micro_batches] for batch in take(loader(23, 2, 3), 0, 5)]
+    assert sizes == [[2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 1], [2, 2, 2]]
+    assert [[len(m["labels"]) for m in batch.micro_batches] for batch in take(loader(3, 8, 2), 0, 2)] == [[3], [3]]
+
+
+def test_splitting_a_batch_differently_keeps_its_samples() -> None:
+    whole, split = take(loader(23, 6, 1), 0, 8), take(loader(23, 1, 6), 0, 8)
+    assert [samples_of(batch) for batch in whole] == [samples_of(batch) for batch in split]
+
+
+def test_seeds_and_epochs_have_their_own_orders() -> None:
+    steps = loader(40).steps_per_epoch
+    orders = []
+    for seed in (1, 2):
+        batches = take(loader(40, seed=seed), 0, 2 * steps)
+        orders += [[i for b in batches[e * steps : (e + 1) * steps] for i in samples_of(b)] for e in (0, 1)]
+    assert len({tuple(order) for order in [*orders, range(40)]}) == 5
+    assert samples_of(take(loader(40), 3, 1)[0]) == loader(40).sample_indices(3)
+
+
+def no_child_left() -> bool:
+    gc.collect()
+    return multiprocessing.active_children() == []
+
+
+def test_processes_change_nothing_and_end() -> None:
+    expected = values(take(loader(), 3, 9))
+    assert values(take(loader(workers=2), 3, 9)) == expected
+    assert values(take(loader(workers=1), 3, 9)) == expected
+    assert no_child_left()
+
+
+def test_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    take(loader(), 0, 3)
+    list(EvalLoader(Counting(5), LMCollator(0), 2, WorkerSettings()))
+    take(loader(workers=1), 0, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Broken(Counting):
+    """Sample 7 fails in the way given."""
+
+    def __init__(self, failure: Callable[[], None]) -> None:
+        super().__init__(23)
+        self.failure = failure
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 7:
+            self.failure()
+        return super().__getitem__(index)
+
+
+def fail_value() -> None:
+    raise ValueError("bad bytes in shard 3")
+
+
+def fail_data() -> None:
+    raise DataError("rows.jsonl:8: bad row")
+
+
+def fail_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_exit() -> None:
+    os._exit(3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("failure", "message"), [(fail_value, "ValueError.*shard 3"), (fail_data, r"rows\.jsonl:8")])
+def test_sample_that_cannot_be_read(workers: int, failure: Callable[[], None], message: str) -> None:
+    with pytest.raises(DataError, match=f"(?s){message}") as error:
+        take(loader(dataset=Broken(failure), workers=workers), 0, 4)
+    assert ("DataLoader worker process" in str(error.value)) == (workers > 0)
+    assert no_child_left()
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"), [(fail_killed, r"killed by signal 9 \(SIGKILL\)"), (fail_exit, r"ended \(3\)")]
+)
+def test_process_that_dies_is_named(failure: Callable[[], None], message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(DataError, match=rf"data loader process [01] \(pid \d+\) (was )?{message}.*num_workers"):
+        take(loader(dataset=Broken(failure), workers=2), 0, 4)
+    assert time.monotonic() - started < 15
+    assert no_child_left()
+
+
+def test_process_killed_between_batches_raises_only_at_the_next_batch() -> None:
+    with closing(loader(200, workers=1).batches()) as batches:
+        next(batches)
+        (child,) = multiprocessing.active_children()
+        os.kill(child.pid or 0, signal.SIGKILL)
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:  # a SIGCHLD handler that raises would do so here
+            sum(range(1000))
+        with pytest.raises(DataError, match="killed by signal 9"):
+            list(islice(batches, 50))
+    assert no_child_left()
+
+
+def test_processes_ignore_the_signals_of_the_group() -> None:
+    with closing(loader(2000, workers=2).batches()) as batches:
+        next(batches)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGTERM)
+            os.kill(child.pid or 0, signal.SIGINT)
+        assert values(list(islice(batches, 20))) == values(take(loader(2000), 1, 20))
+    assert no_child_left()
+
+
+@pytest.mark.parametrize("ending", ["raise SystemExit(9)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_no_orphans_when_the_parent_ends_without_closing(ending: str) -> None:
+    program = textwrap.dedent(
+        f"""
+        import multiprocessing, os, signal
+        from tests_data_test_loader import Counting, loader
+        from truthgpt.data.collate import LMCollator
+        from truthgpt.data.loader import EvalLoader, WorkerSettings
+        batches = loader(2000, workers=1).batches()
+        next(batches)
+        validation = EvalLoader(Counting(9), LMCollator(0), 2, WorkerSettings(1, 2, True))
+        list(validation)
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        {ending}
+        """
+    )
+    run_as_module = (
+        f"import sys, runpy; sys.modules['tests_data_test_loader'] = __import__('{__name__}', fromlist=['x'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", f"{run_as_module}\n{program}"],
+        stdout=subprocess.PIPE,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode in (9, -signal.SIGKILL)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    while any(_exists(pid) for pid in pids):
+        assert time.monotonic() - started < 40
+        time.sleep(0.1)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_empty_dataset() -> None:
+    with pytest.raises(DataError, match="0 training samples"):
+        loader(0)
+
+
+def test_state_accepts_the_same_data_and_any_split_of_the_batch() -> None:
+    state = loader(23, 2, 3).state_dict(17)
+    assert state == {"fingerprint": "a" * 64, "samples_per_epoch": 23, "global_batch": 6, "step": 17}
+    loader(23, 6, 1, seed=9, workers=2).check_state(state)
+
+
+@pytest.mark.parametrize("changed", [Counting(24), Counting(23, "b" * 64)])
+def test_state_refuses_other_data(changed: Counting) -> None:
+    with pytest.raises(DataError, match=r"the data is not what this run was trained on: 23 samples.*output_dir"):
+        loader(dataset=changed).check_state(loader(23).state_dict(5))
+
+
+def test_state_refuses_another_batch_size() -> None:
+    with pytest.raises(DataError, match="6 samples a step, now it would be 8"):
+        loader(23, 2, 4).check_state(loader(23, 2, 3).state_dict(5))
+
+
+@pytest.mark.parametrize("workers", [WorkerSettings(0), WorkerSettings(2, 1, True), WorkerSettings(1, 3, False)])
+def test_validation_is_sequential_and_repeatable(workers: WorkerSettings) -> None:
+    source = EvalLoader(Counting(7), LMCollator(0), 3, workers)
+    passes = [[batch["input_ids"][:, 0].tolist() for batch in source] for _ in range(2)]
+    assert passes == [[[0, 1, 2], [3, 4, 5], [6]]] * 2
+    assert len(source) == 3
+    assert len(multiprocessing.active_children()) == (2 if workers.num_workers == 2 else 0)
+    assert next(iter(source))["input_ids"][:, 0].tolist() == [0, 1, 2]
+    del source
+    assert no_child_left()

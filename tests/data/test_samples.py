@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from truthgpt.data.base import IGNORED_LABEL, Sample
+from truthgpt.data.samples import BlockDataset, Overlong, RowDataset
+from truthgpt.errors import DataError
+
+from .conftest import MakeStore, byte_tokenizer, rows
+
+END = 256
+same_fixture = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def ids(text: str) -> list[int]:
+    found: list[int] = byte_tokenizer()(text).input_ids
+    return found
+
+
+def plain(sample: Sample) -> tuple[list[int], list[int]]:
+    assert sample["input_ids"].dtype == sample["labels"].dtype == np.int64
+    return sample["input_ids"].tolist(), sample["labels"].tolist()
+
+
+def everything(dataset: BlockDataset | RowDataset) -> list[tuple[list[int], list[int]]]:
+    return [plain(dataset[index]) for index in range(len(dataset))]
+
+
+def test_blocks_join_documents(make_store: MakeStore) -> None:
+    dataset = BlockDataset(make_store(rows("abc", "d")), max_seq_len=2)
+    a, b, c, d = ids("abcd")
+    assert everything(dataset) == [([a, b], [b, c]), ([c, END], [END, d]), ([d], [END])]
+
+
+@same_fixture
+@given(texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=8), max_seq_len=st.integers(2, 40))
+def test_blocks_predict_every_token_but_the_first_once(
+    make_store: MakeStore, texts: list[str], max_seq_len: int
+) -> None:
+    store = make_store(rows(*texts))
+    blocks = everything(BlockDataset(store, max_seq_len))
+    assert [token for inputs, _ in blocks for token in inputs] == store.tokens[:-1].tolist()
+    assert [label for _, labels in blocks for label in labels] == store.tokens[1:].tolist()
+    assert all(len(inputs) == max_seq_len for inputs, _ in blocks[:-1])
+    assert 1 <= len(blocks[-1][0]) <= max_seq_len
+
+
+def test_blocks_mask_untrained_tokens(make_store: MakeStore) -> None:
+    (block,) = everything(BlockDataset(make_store(rows(("ab", "c"))), max_seq_len=8))
+    assert block == (ids("abc"), [IGNORED_LABEL, *ids("c"), END])
+
+
+def test_blocks_need_two_tokens(make_store: MakeStore) -> None:
+    with pytest.raises(DataError, match="1 tokens; at least 2"):
+        BlockDataset(make_store(rows("")), max_seq_len=4)
+
+
+def test_block_index_out_of_range(make_store: MakeStore) -> None:
+    with pytest.raises(IndexError):
+        BlockDataset(make_store(rows("abc")), max_seq_len=4)[1]
+
+
+def test_rows_with_and_without_prompt(make_store: MakeStore) -> None:
+    dataset = RowDataset(make_store(rows(("ab", "c"), "d")), 8, "truncate")
+    assert everything(dataset) == [
+        (ids("abc"), [IGNORED_LABEL, *ids("c"), END]),
+        (ids("d"), [END]),
+    ]
+    assert (dataset.overlong_rows, dataset.unsupervised_samples) == (0, 0)
+
+
+def windows(texts: Sequence[str], max_seq_len: int, overlong: Overlong) -> list[tuple[list[int], list[int]]]:
+    """What the rows should become, in plain Python."""
+    found = []
+    for text in texts:
+        tokens = [*ids(text), END]
+        pieces = [tokens[start : start + max_seq_len + 1] for start in range(0, len(tokens) - 1, max_seq_len)]
+        if overlong == "truncate":
+            pieces = pieces[:1]
+        if overlong == "drop" and len(pieces) > 1:
+            pieces = []
+        found += [(piece[:-1], piece[1:]) for piece in pieces]
+    return found
+
+
+@same_fixture
+@given(
+    texts=st.lists(st.text(alphabet="abc", min_size=1, max_size=20), max_size=8),
+    max_seq_len=st.integers(2, 12),
+    overlong=st.sampled_from(["truncate", "split", "drop"]),
+)
+def test_overlong_rows(make_store: MakeStore, texts: list[str], max_seq_len: int, overlong: Overlong) -> None:
+    texts = ["x", *texts]
+    dataset = RowDataset(make_store(rows(*texts)), max_seq_len, overlong)
+    assert everything(dataset) == windows(texts, max_seq_len, overlong)
+    assert dataset.overlong_rows == sum(len(text) > max_seq_len for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("overlong", "level", "done"),
+    [("truncate", "WARNING", "truncated"), ("split", "INFO", "split"), ("drop", "WARNING", "dropped")],
+)
+def test_overlong_rows_are_said(
+    make_store: MakeStore, caplog: pytest.LogCaptureFixture, overlong: Overlong, level: str, done: str
+) -> None:
+    store = make_store(rows("abcd", "abcde", "a"))
+    with caplog.at_level(logging.INFO):
+        caplog.clear()
+        RowDataset(store, 4, overlong)
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        (level, f"{done} 1 of 3 rows longer than max_seq_len 4 tokens")
+    ]
+
+
+def test_overlong_row_as_error_is_named(make_store: MakeStore) -> None:
+    documents = rows("abcd", "abcde")
+    store = make_store(documents)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: 5 tokens, data.max_seq_len is 4"):
+        RowDataset(store, 4, "error", documents)
+    with pytest.raises(DataError, match=r"row 1 \(from 0\): 5 tokens"):
+        RowDataset(store, 4, "error")
+    assert len(RowDataset(store, 5, "error")) == 2
+
+
+def test_samples_without_a_supervised_token_are_left_out(
+    make_store: MakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts: list[str | tuple[str, str]] = [("abcdef", "g"), ("a", "b"), ("abcd", "e")]
+    dataset = RowDataset(make_store(rows(*texts)), 4, "truncate")
+    assert (len(dataset), dataset.overlong_rows, dataset.unsupervised_samples) == (2, 2, 1)
+    assert [inputs for inputs, _ in everything(dataset)] == [ids("ab"), ids("abcd")]
+    assert "left out 1 samples without a token the loss counts" in caplog.text
+    pieces = RowDataset(make_store(rows(*texts)), 4, "split")
+    assert [labels for _, labels in everything(pieces)] == [
+        [IGNORED_LABEL, *ids("g"), END],
+        [*ids("b"), END],
+        [IGNORED_LABEL] * 3 + ids("e"),
+        [END],
+    ]
+    assert pieces.unsupervised_samples == 1
+
+
+def test_nothing_left_is_an_error(make_store: MakeStore) -> None:
+    store = make_store(rows(("abcdef", "g")))
+    with pytest.raises(DataError, match="0 usable rows of 1: 1 are longer"):
+        RowDataset(store, 4, "truncate")
+    with pytest.raises(DataError, match="0 usable rows of 1: 1 are longer"):
+        RowDataset(store, 4, "drop")
+
+
+def test_fingerprints(make_store: MakeStore) -> None:
+    store, other = make_store(rows("abc", "d")), make_store(rows("abc", "e"))
+    prints = [
+        BlockDataset(store, 8).fingerprint,
+        BlockDataset(store, 9).fingerprint,
+        BlockDataset(other, 8).fingerprint,
+        RowDataset(store, 8, "truncate").fingerprint,
+        RowDataset(store, 8, "split").fingerprint,
+    ]
+    assert len(set(prints)) == 5
+    assert BlockDataset(store, 8).fingerprint == prints[0]
+
+
+def test_datasets_pickle(make_store: MakeStore) -> None:
+    store = make_store(rows(("ab", "c"), "text " * 10_000))
+    for dataset in (BlockDataset(store, 8), RowDataset(store, 8, "truncate")):
+        expected = everything(dataset)
+        data = pickle.dumps(dataset)
+        assert len(data) < 4000
+        assert everything(pickle.loads(data)) == expected  # noqa: S301 - our own object, as a loader process gets it
