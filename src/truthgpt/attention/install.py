@@ -1,0 +1,37 @@
+"""Makes an attention function usable by every transformers model under a name."""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface, PreTrainedConfig
+
+from truthgpt.attention.base import AttentionFunction, capabilities_of
+from truthgpt.errors import ConfigError, Problem
+
+
+def install_attention(name: str, function: AttentionFunction) -> str:
+    """Register `function` with transformers; returns the `attn_implementation` that selects it.
+
+    `sdpa` keeps transformers' own name, and so its mask handling. Any other gets a name without a mask function: the
+    model then builds no mask, and the backend sees dense causal rows.
+    """
+    if name == "sdpa":
+        return name
+    implementation = f"truthgpt_{name}"
+    AttentionInterface.register(implementation, function)
+    return implementation
+
+
+def check_attention(name: str, function: AttentionFunction, architecture: PreTrainedConfig, max_seq_len: int) -> None:
+    """Refuse a model the backend would silently compute wrongly.
+
+    Raises:
+        ConfigError: the model has sliding windows shorter than the samples, and the backend does not declare them.
+    """
+    window = getattr(architecture, "sliding_window", None)
+    if isinstance(window, int) and window < max_seq_len and "sliding_window" not in capabilities_of(function):
+        message = (
+            f"{name} declares no sliding-window attention, and this model looks back {window} tokens in rows of "
+            f"{max_seq_len}"
+        )
+        hint = f"use backend: sdpa, or data.max_seq_len of at most {window}"
+        raise ConfigError([Problem(key="model.attention.backend", message=message, suggestion=hint)])

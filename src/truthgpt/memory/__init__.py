@@ -1,0 +1,1 @@
+"""Memory policies: how an optimizer step is fitted into memory."""

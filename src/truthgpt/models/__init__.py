@@ -1,0 +1,1 @@
+"""Models and tokenizers: transformers' own, loaded or made from a configuration."""

@@ -1,0 +1,116 @@
+"""The model's configuration: read from a folder or the hub, or made from the YAML, and checked before any data is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from truthgpt.errors import ConfigError, Problem
+
+_LEGACY_ROPE_NAMES = {"rope_theta", "rope_scaling"}
+"""Names transformers rewrites into `rope_parameters` for models that have rotary embeddings."""
+
+
+def load_architecture(
+    name_or_path: str | None, overrides: Mapping[str, Any], trust_remote_code: bool
+) -> PreTrainedConfig:
+    """The transformers configuration of a causal language model.
+
+    Args:
+        name_or_path: hub id or folder to start from; None: `overrides` names a `model_type`.
+        overrides: `model.config` of the YAML.
+        trust_remote_code: let transformers run code that comes with the model.
+
+    Raises:
+        ConfigError: unknown model type, key or value, or nothing at `name_or_path`.
+    """
+    if name_or_path is None:
+        return _from_scratch(overrides)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            [
+                Problem(
+                    key="model.name_or_path",
+                    message=f"no model can be read from {name_or_path!r}: {_first_line(error)}",
+                    suggestion="give a local folder with a config.json, or a hub id while online",
+                )
+            ]
+        ) from error
+    _refuse_unknown_keys(type(config), overrides)
+    if overrides.get("model_type", config.model_type) != config.model_type:
+        raise _problem("model_type", f"{name_or_path} is a {config.model_type} model, not {overrides['model_type']}")
+    merged = {**config.to_dict(), **overrides}
+    return _construct(type(config), {key: value for key, value in merged.items() if key != "model_type"})
+
+
+def context_length(architecture: PreTrainedConfig) -> int | None:
+    """Positions the model can tell apart; None when its configuration does not limit them."""
+    length = getattr(architecture, "max_position_embeddings", None)
+    return int(length) if isinstance(length, int) and length > 0 else None
+
+
+def check_context(architecture: PreTrainedConfig, max_seq_len: int) -> None:
+    """Raise ConfigError when samples would be longer than the model's context."""
+    limit = context_length(architecture)
+    if limit is not None and max_seq_len > limit:
+        raise ConfigError(
+            [
+                Problem(
+                    key="data.max_seq_len",
+                    message=f"{max_seq_len} tokens do not fit the model's {limit} positions",
+                    suggestion=f"set data.max_seq_len to at most {limit}",
+                )
+            ]
+        )
+
+
+def _from_scratch(overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    model_type = overrides["model_type"]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "for example gpt2, llama, qwen3, gemma3_text, mistral"
+        raise _problem("model_type", f"transformers has no causal language model of type {model_type!r}", hint)
+    config_class = CONFIG_MAPPING[model_type]
+    _refuse_unknown_keys(config_class, overrides)
+    return _construct(config_class, {key: value for key, value in overrides.items() if key != "model_type"})
+
+
+def _refuse_unknown_keys(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any]) -> None:
+    """transformers stores any key it is given; a misspelt one would be ignored in silence."""
+    known = {field.name for field in dataclasses.fields(config_class) if not field.name.startswith("_")}
+    known |= set(config_class.attribute_map) | {"model_type"}
+    if "rope_parameters" in known:
+        known |= _LEGACY_ROPE_NAMES
+    problems = []
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(sorted(known))}"
+            message = f"{config_class.model_type} models have no such setting"
+            problems.append(Problem(key=f"model.config.{key}", message=message, suggestion=hint))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _construct(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        return config_class(**values)
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError([Problem(key="model.config", message=f"transformers refuses it: {text}")]) from error
+
+
+def _problem(key: str, message: str, suggestion: str | None = None) -> ConfigError:
+    return ConfigError([Problem(key=f"model.config.{key}", message=message, suggestion=suggestion)])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

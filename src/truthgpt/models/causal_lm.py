@@ -1,0 +1,117 @@
+"""Causal language models of transformers: building one, and its loss."""
+
+from __future__ import annotations
+
+import logging
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from truthgpt.data.base import IGNORED_LABEL, Batch
+from truthgpt.errors import ConfigError, Problem
+from truthgpt.runtime.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+
+def quiet_transformers() -> None:
+    """Stop transformers' own progress bars and advice: what a user must know is said by this project."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def build_causal_lm(architecture: PreTrainedConfig, attention: str, seed: int) -> PreTrainedModel:
+    """A model with random float32 weights that depend on `architecture` and `seed` only.
+
+    Args:
+        attention: name of an attention implementation transformers knows.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "initial weights"))
+        model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=torch.float32)
+    return cast(PreTrainedModel, model)
+
+
+def load_causal_lm(
+    name_or_path: str, architecture: PreTrainedConfig, attention: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """A pretrained model with float32 weights (the optimizer's master copy).
+
+    Raises:
+        ConfigError: no weights at `name_or_path`, or weights that do not fit `architecture`.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            config=architecture,
+            output_loading_info=True,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        message = f"no weights can be loaded from {name_or_path!r}: {reason}"
+        hint = "model.init: scratch starts from random weights"
+        raise ConfigError([Problem(key="model.name_or_path", message=message, suggestion=hint)]) from error
+    for kind in ("missing_keys", "unexpected_keys"):
+        names = sorted(report[kind])
+        if names:
+            logger.warning("%s: %d %s weights, for example %s", name_or_path, len(names), kind.split("_")[0], names[0])
+    return cast(PreTrainedModel, model)
+
+
+def fit_vocabulary(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, given: int | None) -> None:
+    """Set the vocabulary and special tokens of a model from scratch to the tokenizer's.
+
+    Args:
+        given: `model.config.vocab_size`, which may be larger than the tokenizer's but not smaller; None: the tokenizer's.
+
+    Raises:
+        ConfigError: `given` is too small.
+    """
+    needed = len(tokenizer)
+    check_vocabulary(given or needed, needed)
+    architecture.vocab_size = given or needed
+    architecture.bos_token_id = tokenizer.bos_token_id
+    architecture.eos_token_id = tokenizer.eos_token_id
+    architecture.pad_token_id = tokenizer.pad_token_id
+
+
+def check_vocabulary(model_size: int, tokenizer_size: int) -> None:
+    """Raise ConfigError when the tokenizer has ids the model has no embedding for."""
+    if model_size < tokenizer_size:
+        message = f"the model has {model_size} token embeddings, the tokenizer {tokenizer_size} tokens"
+        hint = f"leave it out, or set it to at least {tokenizer_size}"
+        raise ConfigError([Problem(key="model.config.vocab_size", message=message, suggestion=hint)])
+
+
+def set_generation_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give the model the stop and padding ids it is saved with."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def causal_lm_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy in nats over the supervised positions (0-d), and the logits `(B, T, V)`.
+
+    No attention mask: rows are padded on the right, and a causal model never looks there; padding has no label.
+    """
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+    return loss, logits
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """All parameters and the trainable ones; a tied weight counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
