@@ -1,0 +1,400 @@
+"""Checkpoints that are whole or not there: commit, digests, links, pruning, and the search for the newest valid one.
+
+A save writes `.step_N.pt.tmp-*`, then the manifest `step_N.json`, then renames the file to `step_N.pt`: the rename is
+the moment the checkpoint exists. The manifest goes first so that a process killed in between leaves a manifest without
+a file, which says "never finished" and is passed over; a file without a manifest is never the work of a kill, always
+damage, and is reported. Valid means: the manifest is there and the file's size and SHA-256 are the manifest's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError  # only the error: nothing here unpickles
+from typing import IO, Any, cast
+
+import torch
+
+from truthgpt.errors import CheckpointError
+from truthgpt.runtime.atomic_file import (
+    HashingWriter,
+    commit_file,
+    copy_atomic,
+    create_exclusive,
+    disk_errors,
+    link_atomic,
+    sha256_of,
+    temporary_beside,
+    write_atomic,
+)
+from truthgpt.runtime.environment import package_versions, utc_now
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_VERSION = 1
+"""Format of the payload; a checkpoint of another version is refused."""
+
+PARTS = ("state", "model", "ema", "optimizer", "scheduler", "scaler", "data", "rng", "callbacks")
+"""What a checkpoint holds, next to `version`; each part comes from its owner's `state_dict`."""
+
+_STEP_NAME = re.compile(r"step_(\d{8,})\.(?:pt|json)")
+_LINKS = ("last.pt", "best.pt")
+_LEAVES = (type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The document beside a checkpoint. Those of `last.pt` and `best.pt` are `{step, sha256}` only."""
+
+    step: int
+    sha256: str
+    size_bytes: int | None = None
+    run_id: str | None = None
+    best: bool = False
+    """It was the best of its run when it was saved, so `best.pt` is to point at it."""
+    format_version: int = CHECKPOINT_VERSION
+    created_at: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose digest was verified."""
+
+    path: Path
+    step: int
+    manifest: Manifest
+
+
+class _Invalid(Exception):
+    """Why a file is no valid checkpoint; the text completes the sentence "FILE ..."."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder.
+
+    Args:
+        folder: the run directory's `checkpoints`; created by the first save, and again should it be deleted.
+        run_id: of the run; a checkpoint of another one in the folder is an error.
+        keep_last: how many checkpoints to keep, by step; those `last.pt` and `best.pt` stand for survive in them.
+    """
+
+    def __init__(self, folder: Path, *, run_id: str, keep_last: int) -> None:
+        self.folder = folder
+        self.run_id = run_id
+        self.keep_last = keep_last
+        self._versions = package_versions()
+
+    def save(self, step: int, payload: dict[str, Any], *, best: bool) -> Path:
+        """Write the checkpoint of `step`, point `last.pt` (and `best.pt`) at it, prune; returns its path.
+
+        `payload` holds exactly `PARTS`, made of tensors, numbers, text, None, lists, tuples and dicts. A step that is
+        there already is replaced; should the process die meanwhile, its old content lives on in `last.pt`.
+
+        Raises:
+            CheckpointError: a part is missing, or holds an object that could not be loaded again.
+            RunDirectoryError: the disk is full or not writable; earlier checkpoints are intact.
+        """
+        _check_parts(payload, "the payload")
+        needed_bytes = _check_plain(payload, "")
+        target = self.folder / f"step_{step:08d}.pt"
+        temporary = temporary_beside(target)
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with disk_errors(target, needed_bytes):
+                sha256, size_bytes = _write({"version": CHECKPOINT_VERSION, **payload}, temporary)
+            manifest = Manifest(
+                step, sha256, size_bytes, self.run_id, best, CHECKPOINT_VERSION, utc_now(), self._versions
+            )
+            self._detach_symlinks(target)
+            _write_document(target.with_suffix(".json"), asdict(manifest))
+            commit_file(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for link in _LINKS if best else _LINKS[:1]:
+            self._point(link, target, manifest)
+        self._prune(step)
+        return target
+
+    def latest(self) -> Found | None:
+        """The newest valid checkpoint, or None when there is none at all; a newer one passed over is a warning.
+
+        A save that was killed before its links were swapped is finished, so that `best.pt` is what the state of the
+        checkpoint found says it is.
+
+        Raises:
+            CheckpointError: there are checkpoints but none is valid (each with its reason), or one is of another run.
+        """
+        found = _newest_valid(self.folder, self.run_id)
+        if found is not None and found.path.name not in _LINKS:
+            swapped = _links(self.folder)
+            for link in _LINKS if found.manifest.best else _LINKS[:1]:
+                if swapped.get(self.folder / link) != found.step:
+                    self._point(link, found.path, found.manifest)
+        return found
+
+    def best_or_last(self) -> Path:
+        """What the final model is made of: `best.pt`, or `last.pt` where there is no best or it is damaged.
+
+        Raises:
+            CheckpointError: neither is valid.
+        """
+        for path in sorted(_links(self.folder)):
+            try:
+                _verify(path)
+            except _Invalid as reason:
+                logger.warning("%s %s", path, reason)
+                continue
+            return path
+        raise CheckpointError(f"neither best.pt nor last.pt in {self.folder} is a valid checkpoint")
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """`load_checkpoint`, for who holds the store."""
+        return load_checkpoint(path)
+
+    def _detach_symlinks(self, target: Path) -> None:
+        """Before `target` is replaced: make symbolic links to it files of their own, as hard links are already."""
+        for name in _LINKS:
+            link = self.folder / name
+            if link.is_symlink() and link.readlink().name == target.name:
+                copy_atomic(target, link)
+
+    def _point(self, name: str, target: Path, manifest: Manifest) -> None:
+        """Swap the link `name` to `target` by rename, then its `{step, sha256}`.
+
+        In between, the file is whole and its digest is that of the step's manifest, which is why verification of a
+        link looks there too.
+        """
+        link = self.folder / name
+        link_atomic(target, link)
+        _write_document(link.with_suffix(".json"), {"step": manifest.step, "sha256": manifest.sha256})
+
+    def _prune(self, saved_step: int) -> None:
+        """Keep the newest `keep_last` by step. Steps above the one just saved are of a branch that was left."""
+        files, manifests = ({_step_of(path) for path in _step_files(self.folder, kind)} for kind in (".pt", ".json"))
+        oldest = sorted((step for step in files & manifests if step <= saved_step), reverse=True)[: self.keep_last][-1]
+        links = [self.folder / name for name in _LINKS]
+        pointed_at = {link.readlink().name for link in links if link.is_symlink()}
+        for step in files | manifests:
+            path = self.folder / f"step_{step:08d}.pt"
+            if oldest <= step <= saved_step or path.name in pointed_at:
+                continue
+            if step > saved_step:
+                logger.info("%s is removed: the run went back to an earlier step", path)
+            try:
+                path.with_suffix(".json").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s cannot be removed: %s", path, error)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: the file itself, or the newest valid one of a checkpoint folder or a run.
+
+    Raises:
+        CheckpointError: there is none, none is valid, or a folder mixes those of several runs.
+    """
+    if path.is_file():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a checkpoint (.pt), a folder of them, or a run directory")
+    found = _newest_valid(folder, None)
+    if found is None:
+        raise CheckpointError(f"there is no checkpoint in {folder}")
+    return found.path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU: its digest is verified first, and only tensors and plain values are accepted.
+
+    Returns:
+        `version` and `PARTS`.
+
+    Raises:
+        CheckpointError: missing, damaged, without its manifest, of another version, or without one of its parts.
+    """
+    try:
+        _verify(path)
+    except _Invalid as reason:
+        raise CheckpointError(
+            f"{path} {reason}; choose another checkpoint, or --resume auto for the newest valid one (a checkpoint that "
+            "is copied needs its .json beside it)"
+        ) from None
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds objects that are not tensors or plain values; loading them could run code, so it is refused"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    version = payload.pop("version", None) if isinstance(payload, dict) else None
+    if version != CHECKPOINT_VERSION:
+        raise CheckpointError(f"{path} has checkpoint format {version}; this truthgpt reads {CHECKPOINT_VERSION}")
+    _check_parts(payload, str(path))
+    return {"version": version, **payload}
+
+
+def _newest_valid(folder: Path, run_id: str | None) -> Found | None:
+    candidates = _candidates(folder)
+    _check_owner(candidates, run_id)
+    reasons: list[str] = []
+    for path in candidates:
+        try:
+            manifest = _verify(path)
+        except _Invalid as reason:
+            reasons.append(f"{path} {reason}")
+            continue
+        for reason_text in reasons:
+            logger.warning("%s; going on with %s", reason_text, path)
+        return Found(path, manifest.step, manifest)
+    if reasons:
+        advice = "resume from another folder (--resume PATH), or start anew with --overwrite"
+        raise CheckpointError("\n  ".join([f"no checkpoint in {folder} is valid; {advice}", *reasons]))
+    return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The checkpoint files of `folder`, the newest first; of one step, the step's own file before a link."""
+    steps = {path: _step_of(path) for path in _step_files(folder, ".pt")}
+    links = _links(folder)
+    claimed = {**steps, **links}
+    return sorted(claimed, key=lambda path: (-claimed[path], path in links, path.name == "best.pt"))
+
+
+def _links(folder: Path) -> dict[Path, int]:
+    """The links that are there, with the step each claims; -1 (tried last) without a manifest.
+
+    A `best.pt` newer than `last.pt` is left out: the run went back to an earlier step, and it is of the branch it left.
+    """
+    steps = {}
+    for path in (folder / name for name in _LINKS):
+        if path.is_symlink() or path.exists():
+            try:
+                steps[path] = _read_manifest(path.with_suffix(".json")).step
+            except _Invalid:
+                steps[path] = -1
+    last, best = (folder / name for name in _LINKS)
+    if last in steps and best in steps and steps[best] > steps[last] >= 0:
+        del steps[best]
+    return steps
+
+
+def _check_owner(candidates: list[Path], run_id: str | None) -> None:
+    """Refuse a folder with checkpoints of another run than `run_id`, or (None) of several runs."""
+    for path in candidates:
+        try:
+            owner = _read_manifest(path.with_suffix(".json")).run_id
+        except _Invalid:
+            continue
+        run_id = run_id or owner
+        if owner not in (None, run_id):
+            advice = "move it out of the folder, or start anew with --overwrite"
+            raise CheckpointError(f"{path} is of run {owner}, not of run {run_id}; {advice}")
+
+
+def _verify(path: Path) -> Manifest:
+    """The manifest whose size and digest `path` has; `_Invalid` says what is wrong with it."""
+    problem = "is damaged: its SHA-256 is not that of its manifest"
+    manifest: Manifest | None = None
+    try:
+        manifest = _read_manifest(path.with_suffix(".json"))
+    except _Invalid as reason:
+        problem = str(reason)
+    manifests = [] if manifest is None else [manifest]
+    if path.name in _LINKS:
+        for other in _step_files(path.parent, ".json"):
+            with contextlib.suppress(_Invalid):
+                manifests.append(_read_manifest(other))
+    try:
+        size_bytes = path.stat().st_size
+        if manifest is not None and manifest.size_bytes not in (None, size_bytes):
+            raise _Invalid(f"is {size_bytes} bytes long, its manifest says {manifest.size_bytes}")
+        digest = sha256_of(path) if manifests else ""
+    except OSError as error:
+        raise _Invalid(f"cannot be read: {error.strerror}") from None
+    for manifest in manifests:
+        if manifest.sha256 == digest:
+            return manifest
+    raise _Invalid(problem)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    """The manifest at `path`; `_Invalid` when it is missing, torn, or lacks what its kind must have."""
+    try:
+        manifest = Manifest(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise _Invalid(f"has no manifest ({path.name})") from None
+    except (OSError, ValueError, TypeError):
+        raise _Invalid(f"has a damaged or foreign manifest ({path.name})") from None
+    of_step = _STEP_NAME.fullmatch(path.name)
+    complete = isinstance(manifest.size_bytes, int) and isinstance(manifest.run_id, str)
+    if not isinstance(manifest.step, int) or (of_step and not complete):
+        raise _Invalid(f"has a damaged or foreign manifest ({path.name})")
+    if of_step and int(of_step[1]) != manifest.step:
+        raise _Invalid(f"has a manifest of step {manifest.step} ({path.name})")
+    return manifest
+
+
+def _step_files(folder: Path, suffix: str) -> list[Path]:
+    """The `step_N.pt` or `step_N.json` of `folder`; ordered by nothing, least of all by time."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.suffix == suffix and _STEP_NAME.fullmatch(path.name)]
+
+
+def _step_of(path: Path) -> int:
+    match = _STEP_NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _check_parts(payload: dict[str, Any], where: str) -> None:
+    problems = [f"lacks {name}" for name in PARTS if name not in payload]
+    problems += [f"has an unknown part {name}" for name in payload if name not in PARTS]
+    if problems:
+        raise CheckpointError(f"{where} {', '.join(problems)}; a checkpoint holds exactly {', '.join(PARTS)}")
+
+
+def _check_plain(value: Any, where: str) -> int:
+    """Bytes of all tensors in `value`; CheckpointError names the first thing that `weights_only` would not load.
+
+    Checked by exact type: a numpy float is a float to `isinstance`, and cannot be loaded.
+    """
+    if type(value) in _LEAVES:
+        return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+    if type(value) in (dict, OrderedDict):
+        return sum(_check_plain(key, where) + _check_plain(item, f"{where}.{key}") for key, item in value.items())
+    if type(value) in (list, tuple):
+        return sum(_check_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    raise CheckpointError(
+        f"{where.removeprefix('.')} is a {kind}, which no checkpoint can hold; its state_dict must be made of tensors, "
+        "numbers, text, None, lists, tuples and dicts"
+    )
+
+
+def _write(payload: dict[str, Any], path: Path) -> tuple[str, int]:
+    """Save `payload` to the new file `path`; its SHA-256 and size. OSError when the disk fails."""
+    with create_exclusive(path) as file:
+        writer = HashingWriter(file)
+        try:
+            # A file object and not a path: the archive would take its inner name from the path.
+            torch.save(payload, cast(IO[bytes], writer))
+            file.flush()
+        except RuntimeError:
+            if writer.error is None:
+                raise
+            raise writer.error from None
+    return writer.sha256, writer.size_bytes
+
+
+def _write_document(path: Path, document: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps(document, indent=2) + "\n")

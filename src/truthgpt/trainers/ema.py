@@ -1,0 +1,90 @@
+"""Exponential moving average of the weights, with warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class WeightAverage(Protocol):
+    """An average of the weights, or none."""
+
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step `step` (counted from 1)."""
+        ...
+
+    def applied(self) -> Any:
+        """Context in which the model holds the averaged weights."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class EMA:
+    """float32 average of the trainable weights; decay at step t = min(decay, (1 + t) / (10 + t)).
+
+    Without the warm-up a short run would still evaluate its random start.
+
+    Args:
+        decay: the decay a step that the warm-up rises to.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._average = {name: p.detach().clone().float() for name, p in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """average = decay * average + (1 - decay) * weights, in one fused call."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(
+            list(self._average.values()), [w.detach().float() for w in self._weights.values()], 1 - decay
+        )
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Swap the averaged weights into the model, without a copy, and back."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, weight in self._weights.items():
+            weight.data, self._average[name] = self._average[name].to(weight.dtype), weight.data
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights by parameter name."""
+        return dict(self._average)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy saved averages in; KeyError names a parameter the state lacks."""
+        for name, average in self._average.items():
+            average.copy_(state[name])
+
+
+class NoEMA:
+    """The null average: evaluation uses the weights as they are."""
+
+    def update(self, step: int) -> None:
+        """Nothing to do."""
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model as it is."""
+        yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load; a checkpoint of a run with EMA simply drops its average."""

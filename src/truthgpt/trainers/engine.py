@@ -1,0 +1,187 @@
+"""The tensors of a run: one optimizer step, forward to update. The trainer owns time, the engine owns tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from truthgpt.data.base import Batch, GlobalBatch
+from truthgpt.errors import CheckpointError, NonFiniteError
+from truthgpt.runtime.precision import Precision
+from truthgpt.runtime.seeds import seed_micro_batch
+from truthgpt.trainers.ema import WeightAverage
+from truthgpt.trainers.guards import NonFiniteGuard
+
+Objective = Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
+"""`(model, batch) -> (loss summed over the supervised tokens (0-d), logits)`."""
+
+LearningRateFactor = Callable[[int], float]
+"""Step (from 0) -> what the peak learning rate is multiplied by."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The numbers of a step."""
+
+    seed: int
+    max_grad_norm: float | None
+    detect_anomaly: bool = False
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """What a step leaves on the device (0-d each), to be read when a log line is due."""
+
+    loss_sum: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+class TrainEngine:
+    """Model, optimizer and what surrounds them; `train_step` takes one global batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        schedule: LearningRateFactor,
+        precision: Precision,
+        ema: WeightAverage,
+        guard: NonFiniteGuard,
+        settings: EngineSettings,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.precision = precision
+        self.ema = ema
+        self.guard = guard
+        self._settings = settings
+        self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._parameters[0].device
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the first parameter group at the last step taken."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def train_step(self, batch: GlobalBatch, step: int) -> StepScalars:
+        """Take optimizer step `step` (from 0) on one global batch.
+
+        The loss is the sum over all its supervised tokens divided by their count, so that cutting the batch into other
+        micro-batches changes nothing. A step whose loss or gradient is not finite leaves weights and state untouched.
+
+        Raises:
+            NonFiniteError: with `detect_anomaly`, naming the operation that made the first NaN.
+        """
+        self.model.train()
+        self._set_learning_rate(step)
+        loss_sum = torch.zeros((), device=self.device)
+        for index, micro_batch in enumerate(batch.micro_batches):
+            seed_micro_batch(self._settings.seed, step, index, rank=0)
+            loss_sum += self._backward(self.to_device(micro_batch), batch.tokens)
+        self.precision.unscale(self.optimizer)
+        grad_norm = self._clip()
+        self.precision.step(self.optimizer, self.guard.judge(loss_sum, grad_norm))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(step + 1)
+        return StepScalars(loss_sum, grad_norm)
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch on the model's device; asynchronous from pinned memory."""
+        return {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
+
+    def _backward(self, batch: Batch, tokens: int) -> torch.Tensor:
+        with self._anomaly_detection():
+            with self.precision.autocast():
+                loss, _ = self.objective(self.model, batch)
+            try:
+                self.precision.scale(loss / tokens).backward()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                if self._settings.detect_anomaly and "returned nan values" in str(error):
+                    raise NonFiniteError(f"training.detect_anomaly: {error}") from error
+                raise
+        return loss.detach().float()
+
+    def _anomaly_detection(self) -> AbstractContextManager[None]:
+        if self._settings.detect_anomaly:
+            return torch.autograd.set_detect_anomaly(True)  # type: ignore[no-untyped-call]
+        return nullcontext()
+
+    def _clip(self) -> torch.Tensor:
+        """Global gradient norm before clipping (0-d)."""
+        limit = self._settings.max_grad_norm
+        if limit is None:
+            return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+
+    def _set_learning_rate(self, step: int) -> None:
+        factor = self.schedule(step)
+        for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = peak * factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint parts the engine owns: model, ema, optimizer, scheduler, scaler, rng."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"peak_learning_rates": self._peak_rates},
+            "scaler": self.precision.state_dict(),
+            # Dropout, data order and samples are derived from (seed, position): there is no other random state.
+            "rng": {"seed": self._settings.seed},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s parts in place. Hyperparameters stay as configured now.
+
+        Raises:
+            CheckpointError: the parts are of another model or optimizer, with the first difference.
+        """
+        _refuse_other_model(self.model.state_dict(), state["model"])
+        self.model.load_state_dict(state["model"])
+        self._load_optimizer(state["optimizer"])
+        try:
+            self.ema.load_state_dict(state["ema"] or self._raw_weights())
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"the checkpoint's averaged weights do not fit this model: {error}") from error
+        self.precision.load_state_dict(state["scaler"])
+
+    def _raw_weights(self) -> dict[str, torch.Tensor]:
+        """What a newly enabled average starts from when the checkpoint has none."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        configured = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(dict(state))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint's optimizer state does not fit this optimizer: {error}") from error
+        for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(values)
+
+
+def _refuse_other_model(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    differences: Sequence[str] = [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} is not part of this model" for name in found if name not in expected),
+        *(
+            f"{name} is {tuple(found[name].shape)}, this model's is {tuple(expected[name].shape)}"
+            for name in expected
+            if name in found and found[name].shape != expected[name].shape
+        ),
+    ]
+    if differences:
+        more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        raise CheckpointError(f"the checkpoint is of another model: {differences[0]}{more}")

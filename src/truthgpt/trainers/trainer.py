@@ -1,0 +1,264 @@
+"""The training loop. The trainer owns time: when to step, log, evaluate, save and stop. Others own tensors and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truthgpt.callbacks.base import CallbackList
+from truthgpt.data.base import GlobalBatch
+from truthgpt.data.loader import GlobalBatchLoader
+from truthgpt.errors import CheckpointError, OutOfMemoryError, Preempted
+from truthgpt.runtime.metrics_log import MetricsLog
+from truthgpt.runtime.stop_signal import StopSignal
+from truthgpt.trainers.checkpoint import CheckpointStore
+from truthgpt.trainers.engine import TrainEngine
+from truthgpt.trainers.evaluate import Evaluation, Evaluator
+from truthgpt.trainers.meter import StepMeter
+from truthgpt.trainers.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """When things happen; all counted in optimizer steps."""
+
+    max_steps: int
+    log_interval: int
+    eval_interval: int
+    checkpoint_interval: int
+    early_stopping_patience: int | None = None
+    max_tokens: int | None = None
+    max_time_s: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """What the loop works with. `evaluator` is None without a validation split."""
+
+    engine: TrainEngine
+    loader: GlobalBatchLoader
+    evaluator: Evaluator | None
+    checkpoints: CheckpointStore
+    callbacks: CallbackList
+    metrics_log: MetricsLog
+    meter: StepMeter
+    stop: StopSignal
+    sample: Callable[[], list[dict[str, str]]]
+    """Writes samples with the model as it stands; empty when none are asked for."""
+    export: Callable[[Path], None]
+    """Writes the final model from a checkpoint."""
+    facts: Mapping[str, Any]
+    """What `on_start` tells the callbacks about the run."""
+
+
+class GenericTrainer:
+    """Trains any model whose objective, data and optimizer it is given: one loop for every task."""
+
+    def __init__(self, parts: TrainerParts, settings: TrainerSettings) -> None:
+        self.parts = parts
+        self.settings = settings
+        self.state = TrainState(max_steps=settings.max_steps)
+        self._started_s = time.perf_counter()
+        self._wall_time_before_s = 0.0
+
+    def train(self) -> TrainState:
+        """Train until the last step, a limit or early stopping; returns the final state.
+
+        Raises:
+            Preempted: a stop signal arrived; everything up to the finished step is saved.
+            NonFiniteError, DataError, OutOfMemoryError, RunDirectoryError: see their exit codes.
+        """
+        self._begin()
+        try:
+            if self.state.pending_evaluation:
+                self._boundary()
+            with closing(self.parts.loader.batches(self.state.step)) as batches:
+                while not self._is_over():
+                    self._leave_if_asked()
+                    self._advance(next(batches))
+                    self._boundary()
+            self.parts.export(self.parts.checkpoints.best_or_last())
+        except BaseException as error:
+            self._call("on_exception", {"error": error})
+            self._end("preempted" if isinstance(error, Preempted) else "failed")
+            raise
+        self._end("complete")
+        return self.state
+
+    def _begin(self) -> None:
+        self._started_s = time.perf_counter()
+        self._wall_time_before_s = self.state.wall_time_s
+        self._call("on_start", {**self.parts.facts, "resumed_step": self.state.step})
+        self.parts.meter.restart_clock()
+
+    def _advance(self, batch: GlobalBatch) -> None:
+        """One optimizer step; a batch without supervised tokens passes by, counted."""
+        state, epoch_before = self.state, self.state.epoch
+        if batch.tokens:
+            try:
+                scalars = self.parts.engine.train_step(batch, state.step)
+            except torch.OutOfMemoryError as error:
+                raise self._explain_out_of_memory(batch, error) from error
+            self.parts.meter.add(scalars, batch.tokens)
+            if (
+                self.parts.engine.device.type == "cpu"
+            ):  # reading back is free there; elsewhere log lines and saves check
+                self.parts.engine.guard.check()
+        self.state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            epoch=batch.epoch,
+            tokens=state.tokens + batch.tokens,
+            samples=state.samples + batch.samples,
+            empty_batches=state.empty_batches + (batch.tokens == 0),
+            wall_time_s=self._wall_time_before_s + time.perf_counter() - self._started_s,
+        )
+        if batch.epoch != epoch_before:
+            self._call("on_epoch", {"epoch": batch.epoch})
+        self._call("on_step", {})
+
+    def _boundary(self) -> None:
+        """Between two steps: log, evaluate, save what is due. The end of a run is a boundary like any other."""
+        self._note_limits()
+        log_due = self._due(self.settings.log_interval, first=True)
+        if log_due and not self.state.pending_evaluation:  # a resumed evaluation's step was logged before the stop
+            self._log()
+        improved = self._evaluate() if self._due(self.settings.eval_interval) else False
+        if self._is_over() and not log_due:  # early stopping: the last step is always logged
+            self._log()
+        asked_to_stop = self.parts.stop.requested
+        if improved or asked_to_stop or self._due(self.settings.checkpoint_interval):
+            self._save(best=improved)
+        if asked_to_stop and (self.state.pending_evaluation or not self._is_over()):
+            raise Preempted(f"stopped by {self.parts.stop.name} after step {self.state.step}, and saved")
+
+    def _leave_if_asked(self) -> None:
+        """A stop that arrived before the first step still leaves a checkpoint."""
+        if self.parts.stop.requested:
+            self._save(best=False)
+            raise Preempted(f"stopped by {self.parts.stop.name} at step {self.state.step}, and saved")
+
+    def _is_over(self) -> bool:
+        return self.state.step >= self.settings.max_steps or self.state.stop_reason is not None
+
+    def _due(self, interval: int, first: bool = False) -> bool:
+        step = self.state.step
+        return step % interval == 0 or (first and step == 1) or self._is_over()
+
+    def _note_limits(self) -> None:
+        limits = {
+            "max_tokens": self.settings.max_tokens is not None and self.state.tokens >= self.settings.max_tokens,
+            "max_time_s": self.settings.max_time_s is not None and self.state.wall_time_s >= self.settings.max_time_s,
+        }
+        for name, reached in limits.items():
+            if reached and self.state.stop_reason is None:
+                self.state = dataclasses.replace(self.state, stop_reason=f"training.{name} reached")
+
+    def _log(self) -> None:
+        engine = self.parts.engine
+        row = {"step": self.state.step, "epoch": round(self.state.step / self.parts.loader.steps_per_epoch, 4)}
+        row |= self.parts.meter.read()
+        row |= {"lr": engine.learning_rate, "tokens": self.state.tokens, "skipped_steps": engine.guard.skipped()}
+        if engine.device.type == "cuda":
+            row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(engine.device)
+        self.state = dataclasses.replace(self.state, skipped_steps=int(row["skipped_steps"]))
+        self.parts.metrics_log.append(row)
+        self._call("on_log", row)
+        engine.guard.check()
+
+    def _evaluate(self) -> bool:
+        """Evaluate the averaged weights; whether they are the best so far."""
+        evaluator, engine = self.parts.evaluator, self.parts.engine
+        if evaluator is None:
+            return False
+        with self.parts.meter.paused(), engine.ema.applied():
+            evaluation = evaluator.run(engine.model, stop=lambda: self.parts.stop.requested)
+            samples = self.parts.sample() if evaluation is not None else []
+        self.state = dataclasses.replace(self.state, pending_evaluation=evaluation is None)
+        return evaluation is not None and self._judge(evaluator, evaluation, samples)
+
+    def _judge(self, evaluator: Evaluator, evaluation: Evaluation, samples: list[dict[str, str]]) -> bool:
+        score = evaluator.score(evaluation)
+        improved = evaluator.is_better(score, self.state.best_metric)
+        without = 0 if improved else self.state.evaluations_without_improvement + 1
+        self.state = dataclasses.replace(self.state, evaluations_without_improvement=without)
+        if improved:
+            self.state = dataclasses.replace(self.state, best_metric=score, best_step=self.state.step)
+        patience = self.settings.early_stopping_patience
+        if patience is not None and without >= patience and not self._is_over():
+            reason = f"no better evaluation in {without} (training.early_stopping_patience)"
+            self.state = dataclasses.replace(self.state, stop_reason=reason)
+        values = {("val_loss" if name == "loss" else name): value for name, value in evaluation.values.items()}
+        row = {"step": self.state.step, **values, "best_metric": self.state.best_metric}
+        self.parts.metrics_log.append(row)
+        self._call("on_eval", {**row, "is_best": improved, "samples": samples})
+        return improved
+
+    def _save(self, best: bool) -> None:
+        self.parts.engine.guard.check()
+        with self.parts.meter.paused():
+            path = self.parts.checkpoints.save(self.state.step, self._payload(), best=best)
+        self._call("on_checkpoint", {"path": str(path), "best": best})
+
+    def _payload(self) -> dict[str, Any]:
+        parts = self.parts
+        return {
+            "state": {
+                **self.state.to_dict(),
+                "meter": parts.meter.state_dict(),
+                "guard": parts.engine.guard.state_dict(),
+            },
+            **parts.engine.state_dict(),
+            "data": parts.loader.state_dict(self.state.step),
+            "callbacks": parts.callbacks.state_dict(),
+        }
+
+    def restore(self, path: Path) -> None:
+        """Go on from the checkpoint at `path`, exactly where it was saved.
+
+        Raises:
+            CheckpointError: damaged, or of another model.
+            DataError: the data is not what the run was trained on.
+        """
+        payload = self.parts.checkpoints.load(path)
+        self.parts.loader.check_state(payload["data"])
+        self.parts.engine.load_state_dict(payload)
+        try:
+            saved = TrainState.from_dict(payload["state"])
+            self.parts.meter.load_state_dict(payload["state"]["meter"])
+            self.parts.engine.guard.load_state_dict(payload["state"]["guard"])
+        except KeyError as error:
+            raise CheckpointError(f"{path}: the loop state has no {error}") from error
+        self.parts.callbacks.load_state_dict(payload["callbacks"])
+        self.state = dataclasses.replace(saved, max_steps=self.settings.max_steps)
+        self.parts.metrics_log.cut_after(self.state.step)
+
+    def start_over(self) -> None:
+        """Say that there is nothing to resume, and begin at step 0."""
+        logger.info("no checkpoint to resume from: starting fresh")
+        self.parts.metrics_log.cut_after(0)
+
+    def _end(self, status: str) -> None:
+        keys = ("step", "best_metric", "best_step", "wall_time_s", "tokens", "skipped_steps", "stop_reason")
+        self._call("on_end", {"status": status, **{key: getattr(self.state, key) for key in keys}})
+
+    def _call(self, hook: str, info: Mapping[str, Any]) -> None:
+        self.parts.callbacks.call(hook, self.state, info)
+
+    def _explain_out_of_memory(self, batch: GlobalBatch, error: torch.OutOfMemoryError) -> OutOfMemoryError:
+        rows, length = batch.micro_batches[0]["input_ids"].shape
+        return OutOfMemoryError(
+            f"out of memory at step {self.state.step + 1} with micro-batches of {rows} rows x {length} tokens: "
+            f"{str(error).splitlines()[0]} Lower training.train_batch_size (raise grad_accum_steps to keep the result), "
+            f"lower data.max_seq_len, or set model.gradient_checkpointing=true. The last checkpoint is untouched"
+        )
