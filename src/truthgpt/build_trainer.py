@@ -1,0 +1,179 @@
+"""Components -> GenericTrainer. Wiring only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from truthgpt.build import Components
+from truthgpt.callbacks.base import CallbackList
+from truthgpt.callbacks.run_status import RunStatusKeeper
+from truthgpt.config.load import Origin, resolved_yaml
+from truthgpt.config.schema import Config
+from truthgpt.config.strict_yaml import KeyPath
+from truthgpt.inference.generate import GenerationSettings, generate_texts
+from truthgpt.models.causal_lm import causal_lm_loss, count_parameters
+from truthgpt.runtime.device import describe_hardware
+from truthgpt.runtime.environment import describe_environment
+from truthgpt.runtime.flops import peak_flops, training_flops_per_token
+from truthgpt.runtime.metrics_log import MetricsLog
+from truthgpt.runtime.run_directory import RunDirectory
+from truthgpt.runtime.seeds import derive_seed
+from truthgpt.runtime.stop_signal import StopSignal
+from truthgpt.trainers.artefacts import ModelArtefacts, ModelCard, load_exported_weights
+from truthgpt.trainers.checkpoint import CheckpointStore, find_checkpoint
+from truthgpt.trainers.ema import EMA, NoEMA
+from truthgpt.trainers.engine import EngineSettings, TrainEngine
+from truthgpt.trainers.evaluate import Evaluator
+from truthgpt.trainers.guards import NonFiniteGuard
+from truthgpt.trainers.meter import Speed, StepMeter
+from truthgpt.trainers.trainer import GenericTrainer, TrainerParts, TrainerSettings
+
+
+def build_trainer(
+    config: Config,
+    components: Components,
+    run: RunDirectory | None = None,
+    stop: StopSignal | None = None,
+    origins: Mapping[KeyPath, Origin] | None = None,
+) -> GenericTrainer:
+    """Wire `components` into a trainer, restored from a checkpoint when `config.resume` asks for it.
+
+    Args:
+        run: the claimed run directory; None claims `config.run_directory`.
+        stop: what SIGTERM and Ctrl-C set; None: nothing stops the run early.
+        origins: where each value of `config` came from, for the `config.yaml` of the run.
+
+    Raises:
+        RunDirectoryError: the directory is in use, or was used and `resume` is off.
+        CheckpointError: resuming, and the checkpoints there are damaged or of another model.
+    """
+    run = run or RunDirectory.claim(Path(config.run_directory), resume=config.resume.enabled, overwrite=False)
+    engine = _engine(config, components)
+    store = CheckpointStore(run.checkpoints, run_id=run.run_id, keep_last=config.checkpoint.keep_last)
+    artefacts = ModelArtefacts(
+        run.model,
+        components.model,
+        components.tokenizer,
+        ModelCard(config.run_name, config.data.source.type, config.eval.select_best_by, config.seed),
+        safetensors=config.training.save_safetensors,
+    )
+    parts = TrainerParts(
+        engine=engine,
+        loader=components.train_loader,
+        evaluator=_evaluator(config, components),
+        checkpoints=store,
+        callbacks=CallbackList([("status", RunStatusKeeper(run)), *components.callbacks]),
+        metrics_log=MetricsLog(run.metrics),
+        meter=StepMeter(components.device, _speed(config, components)),
+        stop=stop or StopSignal(),
+        sample=_sampler(config, components),
+        export=_exporter(store, components, artefacts),
+        facts=_facts(config, components, run),
+    )
+    trainer = GenericTrainer(parts, _settings(config, components))
+    if config.resume.enabled:
+        _restore(config, store, trainer)
+    # Only now: a run that cannot be built or resumed leaves the directory as it was.
+    run.write_config(resolved_yaml(config, origins or {}))
+    run.write_environment(describe_environment(components.fallbacks.to_json(), describe_hardware(components.device)))
+    artefacts.save_description()
+    return trainer
+
+
+def _engine(config: Config, components: Components) -> TrainEngine:
+    return TrainEngine(
+        components.model,
+        causal_lm_loss,
+        components.optimizer,
+        components.schedule,
+        components.precision,
+        EMA(components.model, config.ema.decay) if config.ema.enabled else NoEMA(),
+        NonFiniteGuard(config.guards.max_consecutive_skips, components.device),
+        EngineSettings(config.seed, config.training.max_grad_norm, config.training.detect_anomaly),
+    )
+
+
+def _evaluator(config: Config, components: Components) -> Evaluator | None:
+    if components.eval_loader is None:
+        return None
+    return Evaluator(
+        components.eval_loader,
+        components.metrics,
+        config.eval.select_best_by,
+        causal_lm_loss,
+        components.precision,
+    )
+
+
+def _settings(config: Config, components: Components) -> TrainerSettings:
+    training = config.training
+    return TrainerSettings(
+        max_steps=components.max_steps,
+        log_interval=training.log_interval,
+        eval_interval=training.eval_interval,
+        checkpoint_interval=config.checkpoint.interval_steps,
+        early_stopping_patience=training.early_stopping_patience,
+        max_tokens=training.max_tokens,
+        max_time_s=training.max_time_s,
+    )
+
+
+def _speed(config: Config, components: Components) -> Speed:
+    flops = training_flops_per_token(components.model, config.data.max_seq_len)
+    return Speed(flops, peak_flops(components.device, components.precision.name))
+
+
+def _sampler(config: Config, components: Components) -> Callable[[], list[dict[str, str]]]:
+    generate = config.generate
+    settings = GenerationSettings(
+        max_new_tokens=generate.max_new_tokens,
+        temperature=generate.temperature,
+        seed=derive_seed(config.seed, "samples"),
+        use_cache=True,
+    )
+
+    def sample() -> list[dict[str, str]]:
+        texts = generate_texts(components.model, components.tokenizer, generate.prompts, settings)
+        return [{"prompt": text.prompt, "text": text.text} for text in texts]
+
+    return sample
+
+
+def _exporter(store: CheckpointStore, components: Components, artefacts: ModelArtefacts) -> Callable[[Path], None]:
+    def export(checkpoint: Path) -> None:
+        payload = store.load(checkpoint)
+        load_exported_weights(components.model, payload)
+        artefacts.save_weights(payload["state"])
+
+    return export
+
+
+def _restore(config: Config, store: CheckpointStore, trainer: GenericTrainer) -> None:
+    if config.resume.checkpoint_dir is not None:
+        trainer.restore(find_checkpoint(Path(config.resume.checkpoint_dir)))
+        return
+    found = store.latest()
+    if found is None:
+        trainer.start_over()
+    else:
+        trainer.restore(found.path)
+
+
+def _facts(config: Config, components: Components, run: RunDirectory) -> dict[str, Any]:
+    total, trainable = count_parameters(components.model)
+    plan = components.plan
+    return {
+        "run_name": config.tracker_run_name,
+        "project": config.logging.project,
+        "log_dir": config.logging.dir,
+        "run_directory": str(run.path),
+        "max_steps": components.max_steps,
+        "device": str(components.device),
+        "precision": components.precision.name,
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "tokens_per_step": plan.micro_batch_size * plan.grad_accum_steps * config.data.max_seq_len,
+        "config": config.model_dump(mode="json"),
+    }

@@ -1,0 +1,111 @@
+"""The command line: its commands, its global options, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from truthgpt.cli.components import components, load_installed_plugins, load_plugins
+from truthgpt.cli.doctor import doctor
+from truthgpt.cli.evaluate import evaluate
+from truthgpt.cli.generate import generate
+from truthgpt.cli.init import init
+from truthgpt.cli.output import say
+from truthgpt.cli.runs import runs_app
+from truthgpt.cli.schema import schema
+from truthgpt.cli.train import train
+from truthgpt.cli.validate import validate
+from truthgpt.errors import EXIT_PREEMPTED, TruthGPTError
+
+_EVERYWHERE = "Everywhere: --plugin MODULE loads a module that registers components; --debug shows tracebacks."
+
+
+class _Commands(TyperGroup):
+    """The commands; an interrupt ends any of them with the exit code of a preempted run."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(EXIT_PREEMPTED) from None
+
+
+# Without rich: it would add 0.1 s to every command, and error messages here are made for one line each.
+app = typer.Typer(
+    name="truthgpt",
+    help="One YAML in, a trained, measured, resumable language model out.",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _global_options(
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="MODULE", help="Load a module that registers components; repeatable."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    load_installed_plugins()
+    load_plugins(plugin or [])
+
+
+app.command(epilog=_EVERYWHERE)(train)
+app.command(epilog=_EVERYWHERE)(validate)
+app.command(epilog=_EVERYWHERE)(schema)
+app.command(epilog=_EVERYWHERE)(init)
+app.command(epilog=_EVERYWHERE)(doctor)
+app.command(epilog=_EVERYWHERE)(components)
+app.command("eval", epilog=_EVERYWHERE)(evaluate)
+app.command(epilog=_EVERYWHERE)(generate)
+app.add_typer(runs_app, name="runs", epilog=_EVERYWHERE)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv` (default: the process's own) and exit with the code of its outcome."""
+    arguments = _global_first(sys.argv[1:] if argv is None else argv)
+    try:
+        app(arguments, prog_name="truthgpt")
+    except TruthGPTError as error:
+        _show_traceback(arguments)
+        for line in str(error).splitlines():
+            say(f"error: {line}")
+        sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 - whatever no command expects ends here, in one line
+        _show_traceback(arguments)
+        said = " ".join(str(error).split())
+        say(f"error: unexpected {type(error).__name__}: {said} (run again with --debug for the traceback)")
+        sys.exit(1)
+
+
+def _global_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the global options, which may stand anywhere before `--`, moved to the front."""
+    first: list[str] = []
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--debug" or argument.startswith("--plugin="):
+            first.append(argument)
+        elif argument == "--plugin":
+            first += [argument, *[value for value in [next(remaining, None)] if value is not None]]
+        elif argument == "--":
+            rest += [argument, *remaining]
+        else:
+            rest.append(argument)
+    return [*first, *rest]
+
+
+def _show_traceback(arguments: Sequence[str]) -> None:
+    if "--debug" in arguments:
+        import traceback
+
+        traceback.print_exc()

@@ -1,0 +1,155 @@
+"""`truthgpt train`: validate, claim the run directory, build, train, say what is next."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from truthgpt.cli.components import load_plugins, loaded_plugins
+from truthgpt.cli.output import emit_json, say, split_arguments
+from truthgpt.cli.validate import listed_plugins
+from truthgpt.config.changes import compare_configs
+from truthgpt.errors import ConfigError, Problem, TruthGPTError
+
+if TYPE_CHECKING:
+    from truthgpt.config.load import RawConfig
+    from truthgpt.config.schema import Config
+    from truthgpt.runtime.run_directory import RunDirectory
+    from truthgpt.runtime.stop_signal import StopSignal
+    from truthgpt.trainers.trainer import GenericTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value ...]")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|never|PATH", help="Go on from a checkpoint; wins over resume.* of the YAML.")
+    ] = None,
+    allow_plugins: Annotated[
+        bool, typer.Option("--allow-plugins", help="Import the modules under `plugins:`, which runs their code.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move a used run directory aside, start fresh.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="The final status as one JSON document on stdout.")] = False,
+) -> None:
+    """Train what CONFIG (a YAML file or a preset; default: the built-in llm_default) describes."""
+    from truthgpt.runtime.run_directory import RunDirectory
+    from truthgpt.runtime.run_log import attach_console, detach
+    from truthgpt.runtime.stop_signal import StopSignal
+
+    console = attach_console(logging.INFO)
+    try:
+        raw, config = _load(arguments or [], resume, allow_plugins)
+        folder = Path(config.run_directory)
+        with RunDirectory.claim(folder, resume=config.resume.enabled, overwrite=overwrite) as run, StopSignal() as stop:
+            try:
+                _train(raw, config, run, stop)
+            finally:
+                if json_output:
+                    emit_json(run.read_status())
+    finally:
+        detach(console)
+
+
+def _load(arguments: list[str], resume: str | None, allow_plugins: bool) -> tuple[RawConfig, Config]:
+    from truthgpt.config.load import load_raw
+    from truthgpt.validate_config import validate_config
+
+    source, overrides = split_arguments(arguments)
+    raw = load_raw(source, [*overrides, *_resume_overrides(resume)])
+    if allow_plugins:
+        load_plugins(listed_plugins(raw))
+    return raw, validate_config(raw, loaded_plugins())
+
+
+def _resume_overrides(resume: str | None) -> list[str]:
+    """`--resume` says the same as `resume.*`, and wins."""
+    if resume is None:
+        return []
+    if resume in ("auto", "never"):
+        return [f"resume={{enabled: {str(resume == 'auto').lower()}}}"]
+    return [f"resume={json.dumps({'enabled': True, 'checkpoint_dir': resume})}"]
+
+
+def _train(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) -> None:
+    """Train in a claimed run directory."""
+    from truthgpt.runtime.run_log import attach_run_log, detach
+
+    if config.resume.enabled:
+        if _is_complete(run, config):
+            say(f"{run.path}: already complete; nothing to do")
+            _say_next(run.path)
+            return
+        _check_changes(raw, config, run.path)
+    log = attach_run_log(run.log)
+    try:
+        trainer = _build(raw, config, run, stop)
+        trainer.train()
+    finally:
+        detach(log)
+    _say_next(run.path)
+
+
+def _build(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) -> GenericTrainer:
+    """The slow part of starting: torch, transformers, data and model."""
+    from truthgpt.build import build_components
+    from truthgpt.build_trainer import build_trainer
+
+    try:
+        return build_trainer(config, build_components(config), run, stop, raw.origins)
+    except ConfigError as error:
+        raise ConfigError([_located(problem, raw) for problem in error.problems]) from error
+
+
+def _located(problem: Problem, raw: RawConfig) -> Problem:
+    """Give a mistake that only building could find the file and line of its key."""
+    path = tuple(problem.key.split("."))
+    while path and path not in raw.origins:
+        path = path[:-1]
+    if not path:
+        return problem
+    return replace(problem, file=raw.origins[path].file, line=raw.origins[path].line)
+
+
+def _is_complete(run: RunDirectory, config: Config) -> bool:
+    """Whether the directory's run already did what this configuration asks for."""
+    status = run.read_status()
+    if status is None or status["state"] != "complete":
+        return False
+    old = _saved_config(run.path)["training"]
+    asked, done = (config.training.max_steps, config.training.epochs), (old["max_steps"], old["epochs"])
+    if asked == done:
+        return True
+    return config.training.max_steps is not None and config.training.max_steps <= status["step"]
+
+
+def _check_changes(raw: RawConfig, config: Config, folder: Path) -> None:
+    """Refuse a resume that would continue another run; say what else changed."""
+    if not (folder / "config.yaml").is_file():
+        return
+    changes = compare_configs(_saved_config(folder), config.model_dump(mode="json"))
+    if changes.refused:
+        raise ConfigError([_located(problem, raw) for problem in changes.refused])
+    if changes.said:
+        say(f"resuming with changed settings: {', '.join(changes.said)}")
+
+
+def _saved_config(folder: Path) -> Mapping[str, Any]:
+    from truthgpt.config.load import load_raw
+
+    return load_raw(folder / "config.yaml").data
+
+
+def _say_next(folder: Path) -> None:
+    say(
+        f"\nNext:\n"
+        f"  truthgpt generate {folder} --prompt 'def '     write with the model\n"
+        f"  truthgpt eval {folder}                        its metrics on the validation split\n"
+        f"  truthgpt runs list                            all runs"
+    )

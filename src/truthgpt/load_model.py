@@ -1,0 +1,82 @@
+"""A trained model from a run directory, a checkpoint or a Hugging Face folder; layer 4, beside build."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from truthgpt.errors import CheckpointError
+from truthgpt.models.architecture import load_architecture
+from truthgpt.models.causal_lm import build_causal_lm, load_causal_lm, quiet_transformers
+from truthgpt.models.tokenizer import load_tokenizer
+from truthgpt.trainers.artefacts import load_exported_weights
+from truthgpt.trainers.checkpoint import load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to use. `run_directory` is None for a folder that is no run."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    run_directory: Path | None
+
+
+def load_model(target: Path, device: torch.device) -> LoadedModel:
+    """Load what `target` names: a run directory (its `model/`), a checkpoint file, or a Hugging Face folder.
+
+    A run without final weights yet is loaded from its best checkpoint, with one line that says so.
+
+    Raises:
+        CheckpointError: nothing there that can be loaded.
+    """
+    quiet_transformers()
+    if target.is_file():
+        return _from_checkpoint(target, device)
+    if _has_weights(target):
+        return _from_folder(target, None, device)
+    if _has_weights(target / "model"):
+        return _from_folder(target / "model", target, device)
+    for name in ("best.pt", "last.pt"):
+        checkpoint = target / "checkpoints" / name
+        if checkpoint.is_file():
+            logger.warning("%s has no final weights yet (the run is not complete): using %s", target, checkpoint)
+            return _from_checkpoint(checkpoint, device)
+    raise CheckpointError(
+        f"nothing to load at {target}: give a run directory (with model/ or checkpoints/), a checkpoint file (.pt), or a "
+        f"Hugging Face folder (config.json, tokenizer.json and {' or '.join(_WEIGHT_FILES)})"
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _WEIGHT_FILES)
+
+
+def _from_folder(folder: Path, run_directory: Path | None, device: torch.device) -> LoadedModel:
+    architecture = load_architecture(str(folder), {}, trust_remote_code=False)
+    model = load_causal_lm(str(folder), architecture, "sdpa", trust_remote_code=False)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=False)
+    return LoadedModel(model.to(device).eval(), tokenizer, run_directory)
+
+
+def _from_checkpoint(checkpoint: Path, device: torch.device) -> LoadedModel:
+    run_directory = checkpoint.absolute().parent.parent
+    folder = run_directory / "model"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint} lies in no run directory: its model's configuration is expected in {folder} "
+            f"(keep a checkpoint in the checkpoints/ folder of its run)"
+        )
+    payload = load_checkpoint(checkpoint)
+    model = build_causal_lm(load_architecture(str(folder), {}, trust_remote_code=False), "sdpa", seed=0)
+    load_exported_weights(model, payload)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=False)
+    return LoadedModel(model.to(device).eval(), tokenizer, run_directory)

@@ -1,0 +1,55 @@
+"""What every test gets: no network, a cache of its own, one compute thread, and processes forked from a warm server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch is imported: two pytest workers on two cores must not each start two compute threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tests.process import Cli, block_network
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> None:
+    block_network()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One token cache a session, never the user's."""
+    before = os.environ.get("TRUTHGPT_CACHE_DIR")
+    os.environ["TRUTHGPT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["TRUTHGPT_CACHE_DIR"]
+    else:
+        os.environ["TRUTHGPT_CACHE_DIR"] = before
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Runs `truthgpt` commands in a process of their own, in the test's own folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return Cli(tmp_path)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """GPU tests are skipped without a GPU."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
