@@ -3,8 +3,8 @@
     python benchmarks/byte_order_baseline.py [CONFIG] [key=value ...] [--json]
 
 An order-k model predicts a byte from the k bytes before it. Counts are taken on the training split; each order is
-smoothed with the one below, p_k = (count + alpha * p_(k-1)) / (total + alpha), down to the uniform distribution; alpha is
-the best of a few on the validation split, which favours the n-gram model.
+smoothed with the one below, p_k = (count + alpha * p_(k-1)) / (total + alpha), down to the uniform distribution;
+alpha is the best of a few on the validation split, which favours the n-gram model.
 """
 
 from __future__ import annotations

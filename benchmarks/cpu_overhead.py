@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_overhead.py [--pairs 5] [--steps 150] [--json]
 
-Every measurement is a process of its own; the two alternate (ours first in even pairs, second in odd ones), and each pair
-gives one ratio, so a machine that slows down slows both. Ours: the default configuration with logging and checkpoints
-on and EMA off. Plain: the same transformers model, tokens, batch, fused AdamW, clipping and cosine schedule, and nothing
-else. Timed by the wall clock from step 20 to the last one, everything included.
+Every measurement is a process of its own; the two alternate (ours first in even pairs, second in odd ones), and each
+pair gives one ratio, so a machine that slows down slows both. Ours: the default configuration with logging and
+checkpoints on and EMA off. Plain: the same transformers model, tokens, batch, fused AdamW, clipping and cosine schedule,
+and nothing else. Timed by the wall clock from step 20 to the last one, everything included.
 """
 
 from __future__ import annotations
@@ -130,14 +130,23 @@ def main() -> None:
         speeds = {kind: measure(kind, options.steps) for kind in order}
         pairs.append({**speeds, "ratio": speeds["ours"] / speeds["plain"]})
         row = pairs[-1]
-        print(f"pair {pair + 1}: ours {row['ours']:,.0f} plain {row['plain']:,.0f} tok/s, ratio {row['ratio']:.3f}", file=sys.stderr)
+        print(
+            f"pair {pair + 1}: ours {row['ours']:,.0f} plain {row['plain']:,.0f} tok/s, ratio {row['ratio']:.3f}",
+            file=sys.stderr,
+        )
     median = statistics.median(pair["ratio"] for pair in pairs)
     if options.as_json:
         import torch
         import transformers
 
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-        print(json.dumps({"median_ratio": median, "pairs": pairs, "steps": options.steps, "versions": versions}, indent=2))
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        print(
+            json.dumps({"median_ratio": median, "pairs": pairs, "steps": options.steps, "versions": versions}, indent=2)
+        )
     else:
         print(f"ours / plain, median of {len(pairs)} pairs: {median:.3f}")
 

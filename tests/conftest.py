@@ -51,5 +51,3 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-

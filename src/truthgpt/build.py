@@ -1,7 +1,7 @@
 """Config -> Components: with `build_data` the only caller of the factories.
 
-Order: device, architecture, source, tokenizer, model, memory plan, compile, optimizer, schedule. In-place changes to the
-model happen here and nowhere else.
+Order: device, architecture, source, tokenizer, model, memory plan, compile, optimizer, schedule. In-place changes to
+the model happen here and nowhere else.
 """
 
 from __future__ import annotations
@@ -160,15 +160,16 @@ def _build_kv_cache(config: Config) -> KVCachePolicy:
 
 
 def _build_callbacks(config: Config, fallbacks: Fallbacks) -> list[tuple[str, object]]:
-    built: list[tuple[str, object]] = []
-    for component in config.training.callbacks:
-        availability = CALLBACKS.entry(component.type).probe()
-        if availability.available:
-            built.append((component.type, CALLBACKS.build(component.type, component.options)))
-        else:
+    wanted = {component.type: component.options for component in config.training.callbacks}
+    for name in list(wanted):
+        availability = CALLBACKS.entry(name).probe()
+        if not availability.available:
             used = availability.fallback or "nothing"
-            fallbacks.take("training.callbacks", component.type, used, availability.reason or "not available")
-    return built
+            fallbacks.take("training.callbacks", name, used, availability.reason or "not available")
+            del wanted[name]
+            if availability.fallback is not None:
+                wanted.setdefault(availability.fallback, {})
+    return [(name, CALLBACKS.build(name, options)) for name, options in wanted.items()]
 
 
 def _build_model(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from truthgpt.attention.install import sdpa_attention_in
 from truthgpt.build import Components
 from truthgpt.callbacks.base import CallbackList
 from truthgpt.callbacks.run_status import RunStatusKeeper
@@ -135,8 +136,9 @@ def _sampler(config: Config, components: Components) -> Callable[[], list[dict[s
     )
 
     def sample() -> list[dict[str, str]]:
-        texts = generate_texts(components.model, components.tokenizer, generate.prompts, settings)
-        return [{"prompt": text.prompt, "text": text.text} for text in texts]
+        with sdpa_attention_in(components.model):
+            texts = generate_texts(components.model, components.tokenizer, generate.prompts, settings)
+            return [{"prompt": text.prompt, "text": text.text} for text in texts]
 
     return sample
 

@@ -10,7 +10,7 @@ EXIT_PREEMPTED = 143
 
 EXIT_CODES: dict[int, str] = {
     0: "done",
-    1: "unexpected error (a bug; `--debug` shows the traceback)",
+    1: "unexpected error (a bug; `--debug` shows the traceback); `doctor`: a check failed",
     2: "configuration: the YAML, an override or an option is wrong",
     3: "data: a file is missing, empty, malformed, or not the one the run started with",
     4: "checkpoint: missing, damaged, or of another model or run",

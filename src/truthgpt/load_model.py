@@ -51,8 +51,8 @@ def load_model(target: Path, device: torch.device) -> LoadedModel:
             logger.warning("%s has no final weights yet (the run is not complete): using %s", target, checkpoint)
             return _from_checkpoint(checkpoint, device)
     raise CheckpointError(
-        f"nothing to load at {target}: give a run directory (with model/ or checkpoints/), a checkpoint file (.pt), or a "
-        f"Hugging Face folder (config.json, tokenizer.json and {' or '.join(_WEIGHT_FILES)})"
+        f"nothing to load at {target}: give a run directory (with model/ or checkpoints/), a checkpoint file (.pt), or "
+        f"a Hugging Face folder (config.json, tokenizer.json and {' or '.join(_WEIGHT_FILES)})"
     )
 
 

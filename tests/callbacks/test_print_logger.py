@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from facts import end_facts, eval_row, log_row, start_facts, state_at
+from tests.callbacks.facts import end_facts, eval_row, log_row, start_facts, state_at
 
 from truthgpt.callbacks.print_logger import Clock, PrintLogger, bar_figures, log_figures, start_line
 
@@ -83,7 +83,7 @@ PROGRAM = """
 import logging, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from facts import *
+from tests.callbacks.facts import *
 from truthgpt.callbacks.print_logger import PrintLogger
 handler = logging.StreamHandler(sys.stderr)
 logger = logging.getLogger("truthgpt")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from facts import end_facts, eval_row, log_row, start_facts, state_at
+from tests.callbacks.facts import end_facts, eval_row, log_row, start_facts, state_at
 
 from truthgpt.callbacks.base import CallbackList
 from truthgpt.callbacks.figures import eval_figures, train_figures

@@ -99,6 +99,25 @@ def test_extends_that_leads_nowhere_names_its_line(tmp_path: Path) -> None:
     assert held(load_raw(write(tmp_path, "list.yaml", "extends: [a, b]\n")))[0].endswith("found a list")
 
 
+def test_extends_of_an_impossible_path(tmp_path: Path) -> None:
+    top = write(tmp_path, "top.yaml", 'extends: "a\\0b"\n')
+    (found,) = refused(top)
+    assert found.startswith(f"{top}:1: extends: ")
+    assert "null byte" in found
+    (tmp_path / "loop").symlink_to("loop")
+    assert "cannot be read" in refused({"extends": str(tmp_path / "loop")})[0]
+
+
+def test_mistakes_of_files_in_a_circle_are_reported_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "extends: a.yaml\nseed: 1\nseed: 2\n")
+    assert len(refused(path)) == 2
+
+
+def test_an_alias_leaves_no_origin_of_its_own(tmp_path: Path) -> None:
+    raw = load_raw(write(tmp_path, "a.yaml", "training: {lr: 1e-3}\n"))
+    assert ("training", "lr") not in raw.origins
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

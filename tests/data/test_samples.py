@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from truthgpt.data.base import IGNORED_LABEL, Sample
+from truthgpt.data.base import IGNORED_LABEL, Document, Sample, Segment
 from truthgpt.data.samples import BlockDataset, Overlong, RowDataset
 from truthgpt.errors import DataError
 
@@ -145,6 +145,12 @@ def test_samples_without_a_supervised_token_are_left_out(
         [END],
     ]
     assert pieces.unsupervised_samples == 1
+
+
+def test_the_first_token_of_a_sample_is_no_label(make_store: MakeStore) -> None:
+    document = Document("a", (Segment("a"), Segment("bcdefg", trained=False)), "here")
+    dataset = RowDataset(make_store([document, *rows("b")]), 4, "truncate")
+    assert (len(dataset), dataset.unsupervised_samples) == (1, 1)
 
 
 def test_nothing_left_is_an_error(make_store: MakeStore) -> None:

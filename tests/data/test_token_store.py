@@ -103,14 +103,17 @@ def test_second_call_reads_the_cache_only(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_other_data_tokenizer_or_habit_is_another_store(tmp_path: Path) -> None:
     some, other = all_of(rows("he")), all_of(rows("she"))
+    other_end = byte_tokenizer()
+    other_end.eos_token = "!"
     cases = [
         (some, byte_tokenizer()),
+        (some, other_end),
         (other, byte_tokenizer()),
         (some, byte_tokenizer(merges=("he",))),
         (some, byte_tokenizer(begin=True)),
     ]
     digests = [tokenize_documents(documents, tokenizer, 300, tmp_path).digest for documents, tokenizer in cases]
-    assert len(set(digests)) == 4
+    assert len(set(digests)) == 5
     padded = byte_tokenizer()
     padded.pad_token = padded.eos_token
     padded(["a", "bc"], padding=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -200,6 +201,34 @@ def test_a_worker_that_outlives_its_killed_parent_holds_nothing(tmp_path: Path) 
         claim(tmp_path, resume=True).release()
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def test_a_directory_moved_aside_while_it_is_claimed_is_claimed_in_its_new_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, aside, real = tmp_path / "run", tmp_path / "run.old", fcntl.flock
+
+    def move_then_lock(descriptor: int, operation: int) -> None:
+        if not aside.exists():
+            path.rename(aside)
+            path.mkdir()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", move_then_lock)
+    with claim(path):
+        assert is_in_use(path) and not is_in_use(aside)
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with claim(tmp_path), caplog.at_level(logging.WARNING):
+        assert not is_in_use(tmp_path)
+    assert "cannot be locked" in caplog.text
 
 
 def test_a_listing_does_not_stop_a_run_from_starting(tmp_path: Path) -> None:

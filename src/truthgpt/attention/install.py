@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import AttentionInterface, PreTrainedConfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from truthgpt.attention.base import AttentionFunction, capabilities_of
 from truthgpt.errors import ConfigError, Problem
@@ -19,6 +22,21 @@ def install_attention(name: str, function: AttentionFunction) -> str:
     implementation = f"truthgpt_{name}"
     AttentionInterface.register(implementation, function)
     return implementation
+
+
+@contextmanager
+def sdpa_attention_in(model: PreTrainedModel) -> Iterator[None]:
+    """`model` attends through `sdpa` inside: generation asks for shapes (one query, many keys) that a training backend
+    need not know."""
+    configured = model.config._attn_implementation
+    if configured == "sdpa":
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(configured)
 
 
 def check_attention(name: str, function: AttentionFunction, architecture: PreTrainedConfig, max_seq_len: int) -> None:

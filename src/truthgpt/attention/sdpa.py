@@ -12,6 +12,6 @@ from truthgpt.attention.base import declares
 
 @declares("dense", "packed", "padded", "noncausal", "sliding_window")
 def sdpa_attention(module: torch.nn.Module, *tensors: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa` attention: cuDNN, flash, memory-efficient or plain kernels, as PyTorch picks them by shape."""
+    """transformers' `sdpa` attention: cuDNN, flash, memory-efficient or plain kernels, as PyTorch picks by shape."""
     output, weights = sdpa_attention_forward(module, *tensors, **keywords)
     return output, weights

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from truthgpt.callbacks.base import StateView
-from truthgpt.errors import EXIT_OK, TruthGPTError
+from truthgpt.errors import EXIT_OK, RunDirectoryError, TruthGPTError
 from truthgpt.runtime.run_directory import RunDirectory, RunStatus
+
+logger = logging.getLogger(__name__)
 
 RunState = Literal["running", "complete", "preempted", "failed"]
 
@@ -44,6 +47,10 @@ class RunStatusKeeper:
         self._write(state, info["status"], self._exit_code)
 
     def _write(self, state: StateView, name: RunState, exit_code: int | None) -> None:
-        self._run.write_status(
-            RunStatus(name, state.step, state.max_steps, state.best_metric, state.best_step, exit_code, self._message)
+        status = RunStatus(
+            name, state.step, state.max_steps, state.best_metric, state.best_step, exit_code, self._message
         )
+        try:
+            self._run.write_status(status)
+        except RunDirectoryError as error:  # a full disk now may have room again at the next checkpoint
+            logger.warning("status.json is out of date: %s", error)

@@ -19,7 +19,7 @@ from truthgpt.cli.runs import runs_app
 from truthgpt.cli.schema import schema
 from truthgpt.cli.train import train
 from truthgpt.cli.validate import validate
-from truthgpt.errors import EXIT_PREEMPTED, TruthGPTError
+from truthgpt.errors import EXIT_PREEMPTED, Preempted, TruthGPTError
 
 _EVERYWHERE = "Everywhere: --plugin MODULE loads a module that registers components; --debug shows tracebacks."
 
@@ -77,8 +77,9 @@ def main(argv: list[str] | None = None) -> None:
         app(arguments, prog_name="truthgpt")
     except TruthGPTError as error:
         _show_traceback(arguments)
+        prefix = "" if isinstance(error, Preempted) else "error: "
         for line in str(error).splitlines():
-            say(f"error: {line}")
+            say(f"{prefix}{line}")
         sys.exit(error.exit_code)
     except Exception as error:  # noqa: BLE001 - whatever no command expects ends here, in one line
         _show_traceback(arguments)

@@ -91,7 +91,7 @@ def check_packages() -> list[Check]:
     try:
         metadata = importlib.metadata.metadata("truthgpt")
     except importlib.metadata.PackageNotFoundError:
-        return [*checks, Check("truthgpt", "failed", "runs from a folder, not installed", "pip install -e .")]
+        return [*checks, Check("truthgpt", "note", "runs from a folder, not installed", "pip install -e .")]
     checks.append(Check("truthgpt", "ok", metadata["Version"]))
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
     core = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ from truthgpt.cli.components import load_plugins, loaded_plugins
 from truthgpt.cli.output import emit_json, say, split_arguments
 from truthgpt.cli.validate import listed_plugins
 from truthgpt.config.changes import compare_configs
-from truthgpt.errors import ConfigError, Problem, TruthGPTError
+from truthgpt.errors import ConfigError, OutOfMemoryError, Problem
 
 if TYPE_CHECKING:
     from truthgpt.config.load import RawConfig
@@ -30,13 +29,18 @@ logger = logging.getLogger(__name__)
 def train(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value ...]")] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="auto|never|PATH", help="Go on from a checkpoint; wins over resume.* of the YAML.")
+        str | None,
+        typer.Option(metavar="auto|never|PATH", help="Go on from a checkpoint; wins over resume.* of the YAML."),
     ] = None,
     allow_plugins: Annotated[
         bool, typer.Option("--allow-plugins", help="Import the modules under `plugins:`, which runs their code.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move a used run directory aside, start fresh.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="The final status as one JSON document on stdout.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Move a used run directory aside, start fresh.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="The final status as one JSON document on stdout.")
+    ] = False,
 ) -> None:
     """Train what CONFIG (a YAML file or a preset; default: the built-in llm_default) describes."""
     from truthgpt.runtime.run_directory import RunDirectory
@@ -98,6 +102,8 @@ def _train(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) 
 
 def _build(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) -> GenericTrainer:
     """The slow part of starting: torch, transformers, data and model."""
+    import torch
+
     from truthgpt.build import build_components
     from truthgpt.build_trainer import build_trainer
 
@@ -105,16 +111,16 @@ def _build(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) 
         return build_trainer(config, build_components(config), run, stop, raw.origins)
     except ConfigError as error:
         raise ConfigError([_located(problem, raw) for problem in error.problems]) from error
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"out of memory while building the model: {str(error).splitlines()[0]} Choose a smaller model, or free the "
+            f"device (hardware.device names another)"
+        ) from error
 
 
 def _located(problem: Problem, raw: RawConfig) -> Problem:
     """Give a mistake that only building could find the file and line of its key."""
-    path = tuple(problem.key.split("."))
-    while path and path not in raw.origins:
-        path = path[:-1]
-    if not path:
-        return problem
-    return replace(problem, file=raw.origins[path].file, line=raw.origins[path].line)
+    return raw.problem(tuple(problem.key.split(".")), problem.message, problem.suggestion) if problem.key else problem
 
 
 def _is_complete(run: RunDirectory, config: Config) -> bool:

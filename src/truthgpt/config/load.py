@@ -160,11 +160,12 @@ def _read_layers(source: str | Path | Mapping[str, Any] | None, problems: list[P
             problems.append(Problem("extends", message, origin.file, origin.line))
             break
         path, label = _locate(base, folder)
-        if path.resolve() in chain:
-            circle = " -> ".join([*chain.values(), label])
-            raise ConfigError([*problems, Problem("extends", f"goes round in a circle: {circle}", *_place(origin))])
-        chain[path.resolve()] = label
+        before = list(problems)
         layers.append(_file_layer(path, label, problems, origin))
+        if path.resolve() in chain:  # after reading: a path that cannot be read may not be resolvable either
+            circle = " -> ".join([*chain.values(), label])
+            raise ConfigError([*before, Problem("extends", f"goes round in a circle: {circle}", *_place(origin))])
+        chain[path.resolve()] = label
         folder = path.parent
     return layers
 

@@ -278,7 +278,7 @@ def _read(loader: DataLoader[Sample]) -> Generator[Batch, None, None]:
             except StopIteration:
                 return
             except SAMPLE_ERRORS as error:
-                multiprocessing.connection.wait([worker.sentinel for worker in workers], DEATH_NOTICE_S)
+                _await_death(workers)
                 _check_alive(workers)
                 raise DataError(f"a sample cannot be read: {type(error).__name__}: {error}") from error
             yield batch
@@ -303,6 +303,14 @@ def _start(loader: DataLoader[Sample]) -> tuple[_BaseDataLoaderIter, Sequence[Ba
     workers = [child for child in multiprocessing.active_children() if child not in before]
     _live_workers.update(workers)
     return iterator, workers
+
+
+def _await_death(workers: Sequence[BaseProcess]) -> None:
+    """Give a process that is just dying the time to count as dead, so that it is named as the cause."""
+    dying = multiprocessing.connection.wait([worker.sentinel for worker in workers], DEATH_NOTICE_S)
+    for worker in workers:
+        if worker.sentinel in dying:
+            worker.join()
 
 
 def _check_alive(workers: Sequence[BaseProcess]) -> None:

@@ -154,7 +154,7 @@ def _stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def _generation_config(
     settings: GenerationSettings, max_new_tokens: int, stop_ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> GenerationConfig:
-    # Nothing is padded (one prompt at a time), yet transformers warns without a pad id.
+    # Nothing is padded (one prompt at a time), yet some versions of transformers warn without a pad id.
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(

@@ -1,4 +1,4 @@
-"""The model's configuration: read from a folder or the hub, or made from the YAML, and checked before any data is read."""
+"""The model's configuration: read from a folder, the hub or the YAML, and checked before any data is read."""
 
 from __future__ import annotations
 

@@ -8,7 +8,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from truthgpt.data.base import IGNORED_LABEL, Batch
@@ -69,7 +75,7 @@ def fit_vocabulary(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenize
     """Set the vocabulary and special tokens of a model from scratch to the tokenizer's.
 
     Args:
-        given: `model.config.vocab_size`, which may be larger than the tokenizer's but not smaller; None: the tokenizer's.
+        given: `model.config.vocab_size`, which may be larger than the tokenizer's, not smaller; None: the tokenizer's.
 
     Raises:
         ConfigError: `given` is too small.

@@ -64,15 +64,15 @@ def commit_file(temporary: Path, target: Path) -> None:
     Raises:
         RunDirectoryError: the disk is full or not writable.
     """
-    try:
-        with disk_errors(target):
-            size_bytes = temporary.stat().st_size
-        with disk_errors(target, size_bytes):
+    with disk_errors(target):
+        size_bytes = temporary.stat().st_size
+    with disk_errors(target, size_bytes):
+        try:
             _sync(temporary)
             temporary.replace(target)
             _sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -12,7 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from truthgpt.runtime.fallbacks import Fallbacks
 
 BREAK_EVEN_TOKENS = 5_000_000
-"""Tokens after which compiling pays on a GPU: 20 s of compilation against 4 to 5 microseconds saved a token (1B model)."""
+"""Tokens after which compiling pays on a GPU: 20 s of compiling against 4 microseconds saved a token (1B model)."""
 
 
 def compile_pays(wanted: bool | Literal["auto"], device: torch.device, total_tokens: int) -> bool:

@@ -30,7 +30,7 @@ class MetricsLog:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row of plain values; NaN and infinities become the strings `NaN`, `Infinity`, `-Infinity`."""
-        line = json.dumps({key: _to_json(value) for key, value in row.items()}, allow_nan=False)
+        line = json.dumps({key: _to_json(value) for key, value in row.items()})
         try:
             append_line(self.path, line)
         except OSError as error:

@@ -104,19 +104,18 @@ class CheckpointStore:
         needed_bytes = _check_plain(payload, "")
         target = self.folder / f"step_{step:08d}.pt"
         temporary = temporary_beside(target)
-        with disk_errors(self.folder):
+        with disk_errors(target, needed_bytes):
             self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with disk_errors(target, needed_bytes):
+            try:
                 sha256, size_bytes = _write({"version": CHECKPOINT_VERSION, **payload}, temporary)
-            manifest = Manifest(
-                step, sha256, size_bytes, self.run_id, best, CHECKPOINT_VERSION, utc_now(), self._versions
-            )
-            self._detach_symlinks(target)
-            _write_document(target.with_suffix(".json"), asdict(manifest))
-            commit_file(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+                manifest = Manifest(
+                    step, sha256, size_bytes, self.run_id, best, CHECKPOINT_VERSION, utc_now(), self._versions
+                )
+                self._detach_symlinks(target)
+                _write_document(target.with_suffix(".json"), asdict(manifest))
+                commit_file(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)  # before the error is explained with the space that is free
         for link in _LINKS if best else _LINKS[:1]:
             self._point(link, target, manifest)
         self._prune(step)

@@ -116,7 +116,7 @@ class TrainEngine:
 
     def _anomaly_detection(self) -> AbstractContextManager[None]:
         if self._settings.detect_anomaly:
-            return torch.autograd.set_detect_anomaly(True)  # type: ignore[no-untyped-call]
+            return torch.autograd.set_detect_anomaly(True)
         return nullcontext()
 
     def _clip(self) -> torch.Tensor:

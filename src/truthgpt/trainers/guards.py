@@ -42,8 +42,8 @@ class NonFiniteGuard:
         if int(self._longest) > self._limit:
             raise NonFiniteError(
                 f"the loss or gradient was not finite for more than {self._limit} steps in a row "
-                f"(guards.max_consecutive_skips); none of them changed the weights. Lower training.learning_rate, raise "
-                f"training.warmup_ratio, or find the operation with training.detect_anomaly=true"
+                f"(guards.max_consecutive_skips); none of them changed the weights. Lower training.learning_rate, "
+                f"raise training.warmup_ratio, or find the operation with training.detect_anomaly=true"
             )
 
     def state_dict(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The training loop. The trainer owns time: when to step, log, evaluate, save and stop. Others own tensors and files."""
+"""The training loop. The trainer owns time: when to step, log, evaluate, save, stop. Others own tensors and files."""
 
 from __future__ import annotations
 
@@ -108,7 +108,10 @@ class GenericTrainer:
             try:
                 scalars = self.parts.engine.train_step(batch, state.step)
             except torch.OutOfMemoryError as error:
-                raise self._explain_out_of_memory(batch, error) from error
+                rows, length = batch.micro_batches[0]["input_ids"].shape
+                doing = f"step {state.step + 1} with micro-batches of {rows} rows x {length} tokens"
+                cure = "training.train_batch_size (raise grad_accum_steps to keep the result)"
+                raise _out_of_memory(doing, cure, error) from error
             self.parts.meter.add(scalars, batch.tokens)
             if (
                 self.parts.engine.device.type == "cpu"
@@ -182,7 +185,11 @@ class GenericTrainer:
         if evaluator is None:
             return False
         with self.parts.meter.paused(), engine.ema.applied():
-            evaluation = evaluator.run(engine.model, stop=lambda: self.parts.stop.requested)
+            try:
+                evaluation = evaluator.run(engine.model, stop=lambda: self.parts.stop.requested)
+            except torch.OutOfMemoryError as error:
+                doing = f"the evaluation after step {self.state.step}"
+                raise _out_of_memory(doing, "training.eval_batch_size", error) from error
             samples = self.parts.sample() if evaluation is not None else []
         self.state = dataclasses.replace(self.state, pending_evaluation=evaluation is None)
         return evaluation is not None and self._judge(evaluator, evaluation, samples)
@@ -255,10 +262,9 @@ class GenericTrainer:
     def _call(self, hook: str, info: Mapping[str, Any]) -> None:
         self.parts.callbacks.call(hook, self.state, info)
 
-    def _explain_out_of_memory(self, batch: GlobalBatch, error: torch.OutOfMemoryError) -> OutOfMemoryError:
-        rows, length = batch.micro_batches[0]["input_ids"].shape
-        return OutOfMemoryError(
-            f"out of memory at step {self.state.step + 1} with micro-batches of {rows} rows x {length} tokens: "
-            f"{str(error).splitlines()[0]} Lower training.train_batch_size (raise grad_accum_steps to keep the result), "
-            f"lower data.max_seq_len, or set model.gradient_checkpointing=true. The last checkpoint is untouched"
-        )
+
+def _out_of_memory(doing: str, cure: str, error: torch.OutOfMemoryError) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"out of memory in {doing}: {str(error).splitlines()[0]} Lower {cure}, lower data.max_seq_len, or set "
+        f"model.gradient_checkpointing=true. The last checkpoint is untouched"
+    )

@@ -1,0 +1,5 @@
+"""`python -m truthgpt` is `truthgpt`."""
+
+from truthgpt.cli.app import main
+
+main()

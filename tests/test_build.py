@@ -1,0 +1,146 @@
+"""Config -> Components -> trainer, in this process; other in-process tests start from `small_config` and `build`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.sample_data import BASE, write_sources
+from truthgpt.build import Components, build_components, build_evaluation
+from truthgpt.build_trainer import build_trainer
+from truthgpt.config.schema import Config
+from truthgpt.errors import ConfigError, DataError, RunDirectoryError
+from truthgpt.factories.callbacks import CALLBACKS
+from truthgpt.factories.registry import Availability, Registry
+from truthgpt.trainers.trainer import GenericTrainer
+from truthgpt.validate_config import load_config
+
+NO_DROPOUT = (
+    "{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 64, "
+    "resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0}"
+)
+COMPLETIONS = (
+    "data.source=jsonl",
+    "data.format=prompt_completion",
+    "data.train_on=completion",
+    "data.validation_fraction=0.1",
+)
+
+
+def small_config(folder: Path, *overrides: str) -> Config:
+    """The configuration of the end-to-end tests with its files in `folder`."""
+    if not (folder / "corpus.txt").exists():
+        write_sources(folder)
+    files = {"data.source=jsonl": "rows.jsonl", "data.format=prompt_completion": "pairs.jsonl"}
+    name = next((files[o] for o in reversed(overrides) if o in files), "corpus.txt")
+    own = [f"data.path={folder / name}", f"output_dir={folder / 'runs/t'}", "training.callbacks=[]"]
+    given = {override.partition("=")[0] for override in overrides}
+    return load_config(BASE, [*(o for o in own if o.partition("=")[0] not in given), *overrides])
+
+
+def build(folder: Path, *overrides: str) -> Components:
+    """The components of `small_config`, on one thread."""
+    torch.set_num_threads(1)
+    return build_components(small_config(folder, *overrides))
+
+
+def build_small_trainer(folder: Path, *overrides: str) -> GenericTrainer:
+    """The trainer of `small_config`; its run directory is held by this process until the trainer is gone."""
+    torch.set_num_threads(1)
+    config = small_config(folder, *overrides)
+    return build_trainer(config, build_components(config))
+
+
+@contextmanager
+def registered(registry: Registry, name: str, builder: Any, **keywords: Any) -> Iterator[None]:
+    """A component that exists inside the context only: registries are shared by all tests of a process."""
+    registry.register(name, **keywords)(builder)
+    try:
+        yield
+    finally:
+        registry.unregister(name)
+
+
+def test_components_are_what_the_config_says(tmp_path: Path) -> None:
+    components = build(tmp_path)
+    assert components.device == torch.device("cpu") and components.precision.name == "none"
+    assert components.max_steps == 40 and components.plan.micro_batch_size == 4
+    assert components.model.config.model_type == "gpt2" and components.model.config.vocab_size == 257
+    assert [metric.name for metric in components.metrics] == ["loss", "ppl"]
+    assert components.fallbacks.to_json() == []
+    assert not components.kv_cache.use_cache
+
+
+def test_steps_come_from_epochs(tmp_path: Path) -> None:
+    components = build(tmp_path, "training.max_steps=null", "training.epochs=2")
+    assert components.max_steps == 2 * components.train_loader.steps_per_epoch > 0
+
+
+def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    build(tmp_path, "data.num_workers=0")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_building_leaves_the_run_directory_as_it_was(tmp_path: Path) -> None:
+    """Only `build_trainer` writes, and only once everything could be built."""
+    build(tmp_path)
+    assert not (tmp_path / "runs").exists()
+    trainer = build_small_trainer(tmp_path)
+    assert (tmp_path / "runs/t/config.yaml").is_file()
+    assert (tmp_path / "runs/t/model/tokenizer.json").is_file()
+    assert trainer.state.step == 0
+
+
+def test_failed_restore_writes_nothing(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "runs/t/checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step_00000001.pt").write_bytes(b"torn")
+    with pytest.raises(Exception, match=r"no checkpoint in .* is valid"):
+        build_small_trainer(tmp_path, "resume.enabled=true")
+    assert not (tmp_path / "runs/t/config.yaml").exists()
+
+
+def test_used_directory_is_refused(tmp_path: Path) -> None:
+    first = build_small_trainer(tmp_path, "training.max_steps=1")
+    first.train()
+    del first
+    with pytest.raises(RunDirectoryError):
+        build_small_trainer(tmp_path)
+
+
+def test_missing_tracker_falls_back_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def probe() -> Availability:
+        return Availability(False, "nowhere is not installed", fallback="print")
+
+    with registered(CALLBACKS, "absent", object, probe=probe):
+        with caplog.at_level(logging.WARNING, "truthgpt"):
+            components = build(tmp_path, "training.callbacks=[absent]")
+        assert [f["wanted"] for f in components.fallbacks.to_json()] == ["absent"]
+        assert len(caplog.records) == 1 and "nowhere is not installed" in caplog.text
+        with pytest.raises(ConfigError, match="strict"):
+            build(tmp_path, "training.callbacks=[absent]", "strict=true")
+
+
+def test_evaluation_needs_a_validation_split(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "data.validation_fraction=0")
+    tokenizer = build(tmp_path).tokenizer
+    with pytest.raises(DataError, match="validation_fraction"):
+        build_evaluation(config, tokenizer)
+
+
+def test_config_is_checked_before_data_is_read(tmp_path: Path) -> None:
+    """A mistake that only the libraries know is found although the data is missing too."""
+    with pytest.raises(ConfigError, match="positions"):
+        build(tmp_path, "data.max_seq_len=65", f"data.path={tmp_path / 'missing.txt'}")
+    with pytest.raises(ConfigError, match="did you mean n_layer"):
+        build(tmp_path, "model.config={model_type: gpt2, n_layers: 2}", f"data.path={tmp_path / 'missing.txt'}")
+    with pytest.raises(DataError, match="missing"):
+        build(tmp_path, f"data.path={tmp_path / 'missing.txt'}")
