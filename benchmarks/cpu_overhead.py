@@ -4,8 +4,8 @@
 
 Every measurement is a process of its own; the two alternate (ours first in even pairs, second in odd ones), and each
 pair gives one ratio, so a machine that slows down slows both. Ours: the default configuration with logging and
-checkpoints on and EMA off. Plain: the same transformers model, tokens, batch, fused AdamW, clipping and cosine schedule,
-and nothing else. Timed by the wall clock from step 20 to the last one, everything included.
+checkpoints on and EMA off. Plain: the same transformers model, tokens, batch, fused AdamW, clipping and cosine
+schedule, and nothing else. Timed by the wall clock from step 20 to the last one, everything included.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ BASE: dict[str, Any] = {
     "hardware": {"device": "cpu"},
 }
 
-WORDS = "the a cat dog king queen ran saw and or under over happy green slowly of to".split()
+WORDS = ("the", "a", "cat", "dog", "king", "queen", "ran", "saw", "and", "or", "under", "happy", "slowly", "of", "to")
 
 
 def sentence(rng: random.Random, words: int) -> str:

@@ -65,7 +65,6 @@ YAML_MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "missing path": ("data: {path: null}\n", ("data.path: missing; data source text needs it",)),
     "missing plugin": ("plugins: [tests.plugins.faults]\n", ("bad.yaml:2: ", "--allow-plugins")),
     "not YAML": ("training: {max_steps: 3\n", ("bad.yaml:",)),
-    "code": ("run_name: !!python/object/new:os.system x\n", ("bad.yaml:2: run_name: the tag !!python", "not read")),
     # What only building can find still has its line.
     "context": ("data:\n  max_seq_len: 65\n", ("bad.yaml:3: data.max_seq_len: 65 tokens do not fit", "at most 64")),
     "model key": (
@@ -84,6 +83,12 @@ def test_configuration_mistake(cli: Cli, mistake: str) -> None:
     write_bad(cli.folder, f"extends: base.yaml\n{text}")
     refused(cli("train", "bad.yaml"), 2, *phrases)
     assert not is_run_directory(cli.folder / "runs/t")
+
+
+def test_tag_that_names_code(cli: Cli) -> None:
+    write_bad(cli.folder, "extends: base.yaml\nseed: !!python/object/apply:os.mkdir [it_ran]\n")
+    refused(cli("train", "bad.yaml"), 2, "bad.yaml:2: seed: the tag !!python/object/apply:os.mkdir", lines=2)
+    assert not (cli.folder / "it_ran").exists()
 
 
 def test_missing_model(cli: Cli) -> None:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,8 +44,21 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name where it lives, on first use: `import truthgpt` alone loads neither torch nor pydantic."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'truthgpt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+class _Package(types.ModuleType):
+    """This package, with the public names looked up where they live on first use.
+
+    `import truthgpt` alone loads neither torch nor pydantic. And importing the module `truthgpt.build_trainer` does not
+    put the module over the function of the same name, as Python otherwise would.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'truthgpt' has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -33,6 +33,7 @@ from truthgpt.models.causal_lm import (
     build_causal_lm,
     causal_lm_loss,
     check_vocabulary,
+    enable_gradient_checkpointing,
     fit_vocabulary,
     load_causal_lm,
     quiet_transformers,
@@ -96,7 +97,7 @@ def build_components(config: Config) -> Components:
     tokenizer = build_tokenizer(config, data.split.train)
     model = _build_model(config, architecture, attention, tokenizer).to(device)
     if plan.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     train_loader = build_train_loader(config, data, tokenizer, plan, device, fallbacks)
     max_steps = config.training.max_steps or config.training.epochs * train_loader.steps_per_epoch
     _compile(config, model, plan, precision, data.fixed_shapes, max_steps, fallbacks)

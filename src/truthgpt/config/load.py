@@ -160,11 +160,12 @@ def _read_layers(source: str | Path | Mapping[str, Any] | None, problems: list[P
             problems.append(Problem("extends", message, origin.file, origin.line))
             break
         path, label = _locate(base, folder)
-        before = list(problems)
+        known = len(problems)
         layers.append(_file_layer(path, label, problems, origin))
         if path.resolve() in chain:  # after reading: a path that cannot be read may not be resolvable either
             circle = " -> ".join([*chain.values(), label])
-            raise ConfigError([*before, Problem("extends", f"goes round in a circle: {circle}", *_place(origin))])
+            del problems[known:]  # read for the second time
+            raise ConfigError([Problem("extends", f"goes round in a circle: {circle}", *_place(origin))])
         chain[path.resolve()] = label
         folder = path.parent
     return layers
@@ -218,7 +219,7 @@ def _mapping_layer(source: Mapping[str, Any], problems: list[Problem]) -> _Layer
 def _plain(value: Any, path: KeyPath, problems: list[Problem]) -> Any:
     """A copy of a Python value made of what YAML has; anything else is a problem and becomes null."""
     if len(path) > MAX_DEPTH:
-        raise ConfigError([*problems, Problem(dotted(path[:3]), f"nested more than {MAX_DEPTH} deep", _PYTHON)])
+        raise ConfigError([Problem(dotted(path[:3]), f"nested more than {MAX_DEPTH} deep", _PYTHON)])
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):

@@ -105,6 +105,13 @@ def set_generation_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     )
 
 
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass; non-reentrant, so that frozen inputs keep their gradients."""
+    # Renamed in transformers 5.23; 5.17 has only the older name.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
 def causal_lm_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross-entropy in nats over the supervised positions (0-d), and the logits `(B, T, V)`.
 

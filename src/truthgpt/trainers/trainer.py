@@ -70,6 +70,7 @@ class GenericTrainer:
         self.state = TrainState(max_steps=settings.max_steps)
         self._started_s = time.perf_counter()
         self._wall_time_before_s = 0.0
+        self._saved_step: int | None = None
 
     def train(self) -> TrainState:
         """Train until the last step, a limit or early stopping; returns the final state.
@@ -146,9 +147,10 @@ class GenericTrainer:
             raise Preempted(f"stopped by {self.parts.stop.name} after step {self.state.step}, and saved")
 
     def _leave_if_asked(self) -> None:
-        """A stop that arrived before the first step still leaves a checkpoint."""
+        """A stop that arrived before the first step, or after a save, still leaves a checkpoint, and one only."""
         if self.parts.stop.requested:
-            self._save(best=False)
+            if self._saved_step != self.state.step:
+                self._save(best=False)
             raise Preempted(f"stopped by {self.parts.stop.name} at step {self.state.step}, and saved")
 
     def _is_over(self) -> bool:
@@ -215,6 +217,7 @@ class GenericTrainer:
         self.parts.engine.guard.check()
         with self.parts.meter.paused():
             path = self.parts.checkpoints.save(self.state.step, self._payload(), best=best)
+        self._saved_step = self.state.step
         self._call("on_checkpoint", {"path": str(path), "best": best})
 
     def _payload(self) -> dict[str, Any]:
