@@ -329,3 +329,7 @@ def test_python_says_the_same(tmp_path: Path) -> None:
     state = trainer.train()
     assert state.step == 10 and state.best_metric is not None
     assert (tmp_path / "runs/t/model/model.safetensors").is_file()
+    longer = small_config(tmp_path, "training.max_steps=12", "resume.enabled=true")
+    again = truthgpt.build_trainer(longer, truthgpt.build_components(longer))
+    assert again.state.step == 10, "the first trainer must have let go of the directory"
+    assert again.train().step == 12

@@ -172,6 +172,7 @@ def test_wrong_values(override: str, message: str, suggestion: str | None) -> No
         ("training.log_intervall", "did you mean log_interval?"),
         ("model.tokeniser", "did you mean tokenizer?"),
         ("modell", "did you mean model?"),
+        ("training.max_seq_len", "did you mean data.max_seq_len?"),  # nearer than training.max_steps
         ("learning_rate", "did you mean training.learning_rate?"),
         ("batch_size", "did you mean training.train_batch_size?"),
         ("optimizer.weight_decay", "did you mean training.weight_decay?"),
@@ -284,6 +285,8 @@ def test_plugin_problem_names_the_way_out() -> None:
         ["data.source=text", "data.path=3"],
         ["model.tokenizer={type: bpe, vocab_size: many}"],
         ["eval.metrics=[pppl]"],
+        ["training.callbacks=[{type: 3}]"],
+        ["data.source={type: txet, strip: 1}", "data.path=x"],
         ["model.init=pretrained", "model.name_or_path=3"],
         ["data={source: jsonl, path: x, format: promptcompletion, train_on: completion}"],
     ],
@@ -386,6 +389,18 @@ def test_resolved_yaml_is_read_back_the_same(tmp_path: Path, overrides: list[str
     again = load_raw(str(path))
     assert validate_config(again) == config
     assert again.origins["seed",].line == 1
+
+
+def test_a_file_name_of_two_lines_stays_in_its_comment(tmp_path: Path) -> None:
+    path = tmp_path / "a\nseed: 5 #.yaml"
+    path.write_text("extends: llm_default\nseed: 3\n")
+    raw = load_raw(str(path))
+    config = validate_config(raw)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(resolved_yaml(config, raw.origins))
+    assert load_config(str(saved)) == config
+    path.write_text("sede: 3\n")
+    assert all("\n" not in str(problem) for problem in mistakes(str(path)).values())
 
 
 def test_validation_loads_no_torch() -> None:

@@ -105,13 +105,9 @@ class _Findings:
     def add(self, path: KeyPath, message: str, suggestion: str | None = None, meant: str | None = None) -> None:
         """Report a problem at `path`; `meant` is the dotted key that was probably meant."""
         self.problems.append(self.raw.problem(path, message, suggestion))
-        self.doubt(path)
-        if meant is not None:
-            self.doubt(tuple(meant.split(".")))
-
-    def doubt(self, path: KeyPath) -> None:
-        """Keep rules from judging what stands at `path`."""
         self._doubtful.append(path)
+        if meant is not None:
+            self._doubtful.append(tuple(meant.split(".")))
 
     def add_rule(self, broken: _Broken) -> None:
         """Report a broken rule, unless a mistake reported already may be its cause."""
@@ -164,7 +160,6 @@ def _resolve(value: Any, path: KeyPath, registry: Registry, key: str, own: tuple
         message = f"no {registry.kind} is called {shown(name)}; there are: {', '.join(registry.names())}"
         near = difflib.get_close_matches(name, registry.names(), n=1)
         findings.add(name_path, message, f"did you mean {near[0]}?" if near else None)
-        findings.doubt(path)
         return {k: v for k, v in value.items() if k in own}
     entry = registry.entry(name)
     options = {k: v for k, v in value.items() if k not in own}

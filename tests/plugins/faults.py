@@ -11,36 +11,16 @@ import os
 from typing import Any
 
 import torch
+from tests.plugins.reference_attention import reference_attention
 
 from truthgpt.factories.attention import ATTENTION_BACKENDS
-
-
-def plain_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Dense causal attention by its formula; the heads of key and value are repeated for grouped queries."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ key.transpose(-1, -2) * scale  # (B, H, T, T)
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    weights = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
-    weights = torch.nn.functional.dropout(weights, dropout)
-    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 def _failing(fail: Any) -> Any:
     calls = itertools.count()
 
     def attention(module: torch.nn.Module, *tensors: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
-        output, _ = plain_attention(module, *tensors, **keywords)
+        output, _ = reference_attention(module, *tensors, **keywords)
         return (fail(output) if next(calls) >= int(os.environ.get("FAIL_AT_CALL", "0")) else output), None
 
     return attention
@@ -57,7 +37,7 @@ def _nan_gradient(output: torch.Tensor) -> torch.Tensor:
 @ATTENTION_BACKENDS.register("plain")
 def build_plain() -> Any:
     """Works."""
-    return plain_attention
+    return reference_attention
 
 
 @ATTENTION_BACKENDS.register("out_of_memory")

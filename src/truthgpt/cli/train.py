@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,7 +89,7 @@ def _train(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) 
     if config.resume.enabled:
         if _is_complete(run, config):
             say(f"{run.path}: already complete; nothing to do")
-            _say_next(run.path)
+            _say_next(config)
             return
         _check_changes(raw, config, run.path)
     log = attach_run_log(run.log)
@@ -97,7 +98,7 @@ def _train(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) 
         trainer.train()
     finally:
         detach(log)
-    _say_next(run.path)
+    _say_next(config)
 
 
 def _build(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) -> GenericTrainer:
@@ -152,10 +153,13 @@ def _saved_config(folder: Path) -> Mapping[str, Any]:
     return load_raw(folder / "config.yaml").data
 
 
-def _say_next(folder: Path) -> None:
-    say(
-        f"\nNext:\n"
-        f"  truthgpt generate {folder} --prompt 'def '     write with the model\n"
-        f"  truthgpt eval {folder}                        its metrics on the validation split\n"
-        f"  truthgpt runs list                            all runs"
-    )
+def _say_next(config: Config) -> None:
+    folder = config.run_directory
+    prompt = config.generate.prompts[0] if config.generate.prompts else "Once upon a time"
+    commands = {
+        f"truthgpt generate {folder} --prompt {shlex.quote(prompt)}": "write with the model",
+        f"truthgpt eval {folder}": "its metrics on the validation split",
+        f"truthgpt runs list {shlex.quote(str(Path(folder).parent))}": "all runs",
+    }
+    width = max(map(len, commands))
+    say("\nNext:\n" + "\n".join(f"  {command:{width}}  {what}" for command, what in commands.items()))
