@@ -17,6 +17,7 @@ ROOT = Path(truthgpt.__file__).parent
 ROOMS = ("models", "attention", "kv_cache", "memory", "optim", "data", "callbacks", "metrics", "inference", "runtime")
 LAYERS: dict[str, int] = {
     "errors": 0,
+    "version": 0,
     "config": 1,
     **dict.fromkeys(ROOMS, 2),
     **dict.fromkeys(("factories", "trainers"), 3),

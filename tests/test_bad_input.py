@@ -181,6 +181,15 @@ def test_prompts_without_completions_are_no_training_data(cli: Cli) -> None:
     refused(cli("train", "base.yaml", *overrides), 3, "0 usable rows of 1", "raise data.max_seq_len")
 
 
+@pytest.mark.xfail(strict=True, reason="the lm collator rounds up past the model's positions")
+def test_rounding_up_stays_within_the_context(cli: Cli) -> None:
+    write_sources(cli.folder)
+    (cli.folder / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 60}) + "\n" for i in range(20)))
+    rounding = ("data.max_seq_len=64", "data.collate={type: lm, pad_to_multiple_of: 48}")
+    finished = cli("train", "base.yaml", "data.source=jsonl", "data.path=long.jsonl", *rounding, "training.max_steps=1")
+    assert finished.exit_code == 0, finished.stderr
+
+
 def test_directory_in_use(cli: Cli) -> None:
     write_sources(cli.folder)
     with RunDirectory.claim(cli.folder / "runs/t", resume=False, overwrite=False):

@@ -233,6 +233,7 @@ STUCK: Overrides = (
     "training.eval_interval=1",
     "training.max_steps=6",
 )
+HERE: Overrides = ("output_dir=FOLDER/here",)
 SAMPLES: Overrides = ("generate.prompts=[the]", "generate.max_new_tokens=4", "generate.temperature=5.0")
 
 
@@ -265,7 +266,7 @@ facts_of_workers = tuple(passed_to(truthgpt.build_data, "WorkerSettings", index)
 TABLE: dict[str, Shows | Refused] = {
     "seed": Shows("seed=8", built(first_weight)),
     "run_name": Shows("run_name=another", ran(lambda run: "# another" in (run / "model/README.md").read_text())),
-    "output_dir": Shows("output_dir=FOLDER/there", wired(lambda t: t.parts.checkpoints.folder), ("output_dir=FOLDER/here",)),
+    "output_dir": Shows("output_dir=FOLDER/there", wired(lambda t: t.parts.checkpoints.folder), HERE),
     "plugins": Refused("plugins=[my_parts]", "--allow-plugins"),
     "strict": Shows("strict=true", outcome, ("training.mixed_precision=fp16",)),
     "model.task": Refused("model.task=image_classification", "must be 'causal_lm'"),

@@ -195,7 +195,7 @@ def test_samples_are_shown(base: Cli) -> None:
     finished = train(base, *arguments)
     assert finished.stderr.count("> the cat") == 2
     again = train(base, *arguments, "output_dir=again")
-    samples = [[line for line in f.stderr.splitlines() if "the cat" in line] for f in (finished, again)]
+    samples = [[line for line in f.stderr.splitlines() if "> the cat" in line] for f in (finished, again)]
     assert samples[0] == samples[1]
 
 

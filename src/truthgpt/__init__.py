@@ -10,6 +10,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from truthgpt.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from truthgpt.build import build_components as build_components
     from truthgpt.build_trainer import build_trainer as build_trainer
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from truthgpt.factories.optimizer import OPTIMIZERS as OPTIMIZERS
     from truthgpt.factories.scheduler import SCHEDULERS as SCHEDULERS
     from truthgpt.validate_config import load_config as load_config
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "load_config": "truthgpt.validate_config",

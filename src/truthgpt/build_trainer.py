@@ -8,7 +8,7 @@ from typing import Any
 
 from truthgpt.attention.install import sdpa_attention_in
 from truthgpt.build import Components
-from truthgpt.callbacks.base import CallbackList
+from truthgpt.callbacks.base import CallbackList, StateView
 from truthgpt.callbacks.run_status import RunStatusKeeper
 from truthgpt.config.load import Origin, resolved_yaml
 from truthgpt.config.schema import Config
@@ -42,7 +42,8 @@ def build_trainer(
     """Wire `components` into a trainer, restored from a checkpoint when `config.resume` asks for it.
 
     Args:
-        run: the claimed run directory; None claims `config.run_directory`.
+        run: the claimed run directory, which the caller releases; None claims `config.run_directory` until the
+            training ends.
         stop: what SIGTERM and Ctrl-C set; None: nothing stops the run early.
         origins: where each value of `config` came from, for the `config.yaml` of the run.
 
@@ -50,7 +51,34 @@ def build_trainer(
         RunDirectoryError: the directory is in use, or was used and `resume` is off.
         CheckpointError: resuming, and the checkpoints there are damaged or of another model.
     """
-    run = run or RunDirectory.claim(Path(config.run_directory), resume=config.resume.enabled, overwrite=False)
+    if run is None:
+        run = RunDirectory.claim(Path(config.run_directory), resume=config.resume.enabled, overwrite=False)
+        try:
+            return _build(config, components, run, [("release", _ReleaseAtEnd(run))], stop, origins)
+        except BaseException:
+            run.release()
+            raise
+    return _build(config, components, run, [], stop, origins)
+
+
+class _ReleaseAtEnd:
+    """Lets go of a run directory that no caller holds, as the last callback of all."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+
+    def on_end(self, state: StateView, info: Mapping[str, Any]) -> None:
+        self._run.release()
+
+
+def _build(
+    config: Config,
+    components: Components,
+    run: RunDirectory,
+    last_callbacks: list[tuple[str, object]],
+    stop: StopSignal | None,
+    origins: Mapping[KeyPath, Origin] | None,
+) -> GenericTrainer:
     engine = _engine(config, components)
     store = CheckpointStore(run.checkpoints, run_id=run.run_id, keep_last=config.checkpoint.keep_last)
     artefacts = ModelArtefacts(
@@ -65,7 +93,7 @@ def build_trainer(
         loader=components.train_loader,
         evaluator=_evaluator(config, components),
         checkpoints=store,
-        callbacks=CallbackList([("status", RunStatusKeeper(run)), *components.callbacks]),
+        callbacks=CallbackList([("status", RunStatusKeeper(run)), *components.callbacks, *last_callbacks]),
         metrics_log=MetricsLog(run.metrics),
         meter=StepMeter(components.device, _speed(config, components)),
         stop=stop or StopSignal(),

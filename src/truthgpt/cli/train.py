@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from truthgpt.runtime.stop_signal import StopSignal
     from truthgpt.trainers.trainer import GenericTrainer
 
-logger = logging.getLogger(__name__)
+_LENGTH = ("max_steps", "epochs", "max_tokens", "max_time_s", "early_stopping_patience")
+"""Keys of `training` that say how long a run is."""
 
 
 def train(
@@ -129,9 +130,8 @@ def _is_complete(run: RunDirectory, config: Config) -> bool:
     status = run.read_status()
     if status is None or status["state"] != "complete":
         return False
-    old = _saved_config(run.path)["training"]
-    asked, done = (config.training.max_steps, config.training.epochs), (old["max_steps"], old["epochs"])
-    if asked == done:
+    old, new = _saved_config(run.path)["training"], config.training.model_dump()
+    if all(old[key] == new[key] for key in _LENGTH):
         return True
     return config.training.max_steps is not None and config.training.max_steps <= status["step"]
 

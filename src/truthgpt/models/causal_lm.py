@@ -85,7 +85,9 @@ def fit_vocabulary(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenize
     architecture.vocab_size = given or needed
     architecture.bos_token_id = tokenizer.bos_token_id
     architecture.eos_token_id = tokenizer.eos_token_id
-    architecture.pad_token_id = tokenizer.pad_token_id
+    # Not the padding id: transformers would freeze that embedding at zero, and it is the end-of-text token here; and
+    # GPT-2 would look for it in every batch, which waits for the GPU. Generation has it in its own configuration.
+    architecture.pad_token_id = None
 
 
 def check_vocabulary(model_size: int, tokenizer_size: int) -> None:

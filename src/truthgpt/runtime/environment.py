@@ -11,7 +11,9 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-_PACKAGES = ("truthgpt", "torch", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
+from truthgpt.version import __version__
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
 _EXTRAS = ("datasets", "peft", "tensorboard", "triton", "wandb", "webdataset")
 
 _SECRET_NAME = r"(?:token|secret|passw(?:or)?d|pwd|api[_-]?key|access[_-]?key|private[_-]?key|credentials?)"
@@ -55,7 +57,7 @@ def redact(text: str) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python, this project, its core dependencies and the extras that are installed."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "truthgpt": __version__}  # known also without installing
     for name in (*_PACKAGES, *_EXTRAS):
         try:
             versions[name] = metadata.version(name)

@@ -161,13 +161,16 @@ class GenericTrainer:
         return step % interval == 0 or (first and step == 1) or self._is_over()
 
     def _note_limits(self) -> None:
+        """Set the reason to stop early, if there is one under the settings of now."""
+        state, settings = self.state, self.settings
+        without_improvement = state.evaluations_without_improvement
         limits = {
-            "max_tokens": self.settings.max_tokens is not None and self.state.tokens >= self.settings.max_tokens,
-            "max_time_s": self.settings.max_time_s is not None and self.state.wall_time_s >= self.settings.max_time_s,
+            "training.max_tokens": (state.tokens, settings.max_tokens),
+            "training.max_time_s": (state.wall_time_s, settings.max_time_s),
+            "training.early_stopping_patience": (without_improvement, settings.early_stopping_patience),
         }
-        for name, reached in limits.items():
-            if reached and self.state.stop_reason is None:
-                self.state = dataclasses.replace(self.state, stop_reason=f"training.{name} reached")
+        reached = [f"{key} {limit} reached" for key, (value, limit) in limits.items() if limit and value >= limit]
+        self.state = dataclasses.replace(state, stop_reason=", ".join(reached) or None)
 
     def _log(self) -> None:
         engine = self.parts.engine
@@ -203,14 +206,11 @@ class GenericTrainer:
         self.state = dataclasses.replace(self.state, evaluations_without_improvement=without)
         if improved:
             self.state = dataclasses.replace(self.state, best_metric=score, best_step=self.state.step)
-        patience = self.settings.early_stopping_patience
-        if patience is not None and without >= patience and not self._is_over():
-            reason = f"no better evaluation in {without} (training.early_stopping_patience)"
-            self.state = dataclasses.replace(self.state, stop_reason=reason)
         values = {("val_loss" if name == "loss" else name): value for name, value in evaluation.values.items()}
         row = {"step": self.state.step, **values, "best_metric": self.state.best_metric}
         self.parts.metrics_log.append(row)
         self._call("on_eval", {**row, "is_best": improved, "samples": samples})
+        self._note_limits()
         return improved
 
     def _save(self, best: bool) -> None:
@@ -251,6 +251,7 @@ class GenericTrainer:
             raise CheckpointError(f"{path}: the loop state has no {error}") from error
         self.parts.callbacks.load_state_dict(payload["callbacks"])
         self.state = dataclasses.replace(saved, max_steps=self.settings.max_steps)
+        self._note_limits()  # a limit that was raised since no longer ends the run
         self.parts.metrics_log.cut_after(self.state.step)
 
     def start_over(self) -> None:

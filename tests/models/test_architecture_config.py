@@ -1,0 +1,78 @@
+"""The model's configuration: every name checked, and only what the YAML says changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, LlamaConfig
+
+from truthgpt.errors import ConfigError
+from truthgpt.models.architecture import check_context, context_length, load_architecture
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+
+
+def load(name: str | None = None, **overrides: object) -> object:
+    return load_architecture(name, overrides, trust_remote_code=False)
+
+
+def test_values_arrive() -> None:
+    config = load(**LLAMA, num_attention_heads=2, rope_theta=5000.0)
+    assert isinstance(config, LlamaConfig) and config.hidden_size == 32 and config.num_attention_heads == 2
+    assert config.rope_parameters["rope_theta"] == 5000.0
+
+
+def test_aliases_of_transformers_are_known() -> None:
+    config = load(model_type="gpt2", hidden_size=16, num_hidden_layers=1, n_head=2)
+    assert isinstance(config, GPT2Config) and config.n_embd == 16 and config.n_layer == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "phrases"),
+    [
+        ({"model_type": "lama"}, ["no causal language model of type 'lama'", "did you mean", "llama"]),
+        ({"model_type": "xyzzy"}, ["'xyzzy'", "for example gpt2"]),
+        ({**LLAMA, "hiden_size": 8}, ["model.config.hiden_size", "did you mean hidden_size"]),
+        ({**LLAMA, "n_layer": 8, "heads": 2}, ["model.config.n_layer", "model.config.heads"]),
+        ({**LLAMA, "hidden_size": "big"}, ["model.config: transformers refuses it", "hidden_size"]),
+        ({"model_type": "gpt2", "rope_theta": 1.0}, ["model.config.rope_theta"]),
+    ],
+)
+def test_mistakes_are_named(overrides: dict[str, object], phrases: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(**overrides)
+    for phrase in phrases:
+        assert phrase in str(caught.value)
+
+
+def test_folder_with_changes(tmp_path: Path) -> None:
+    LlamaConfig(hidden_size=48, num_attention_heads=4, vocab_size=99, tie_word_embeddings=True).save_pretrained(
+        tmp_path
+    )
+    plain = load(str(tmp_path))
+    changed = load(str(tmp_path), attention_dropout=0.25)
+    assert isinstance(plain, LlamaConfig) and isinstance(changed, LlamaConfig)
+    assert (plain.hidden_size, plain.attention_dropout) == (48, 0.0)
+    assert (changed.hidden_size, changed.vocab_size, changed.attention_dropout) == (48, 99, 0.25)
+    assert changed.tie_word_embeddings
+    with pytest.raises(ConfigError, match="did you mean attention_dropout"):
+        load(str(tmp_path), atention_dropout=0.25)
+    with pytest.raises(ConfigError, match="is a llama model, not gpt2"):
+        load(str(tmp_path), model_type="gpt2")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.name_or_path: no model can be read from"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [(GPT2Config(n_positions=64), 64), (LlamaConfig(max_position_embeddings=128), 128)],
+)
+def test_context(config: object, length: int) -> None:
+    assert context_length(config) == length  # type: ignore[arg-type]
+    check_context(config, length)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"set data.max_seq_len to at most {length}"):
+        check_context(config, length + 1)  # type: ignore[arg-type]

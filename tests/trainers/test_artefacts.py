@@ -1,0 +1,55 @@
+"""`model/` of a run: there from the start, loadable by transformers, with the right weights and card at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from truthgpt.models.causal_lm import set_generation_defaults
+from truthgpt.models.tokenizer import byte_tokenizer
+from truthgpt.trainers.artefacts import ModelArtefacts, ModelCard, load_exported_weights
+
+
+def artefacts(folder: Path, model: GPT2LMHeadModel, safetensors: bool = True) -> ModelArtefacts:
+    tokenizer = byte_tokenizer()
+    set_generation_defaults(model, tokenizer)
+    return ModelArtefacts(folder, model, tokenizer, ModelCard("my-run", "text", "ppl", 7), safetensors)
+
+
+@pytest.fixture
+def model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=257))
+
+
+def test_description_comes_before_any_weight(tmp_path: Path, model: GPT2LMHeadModel) -> None:
+    artefacts(tmp_path / "model", model).save_description()
+    config = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=False)
+    assert config.architectures == ["GPT2LMHeadModel"] and config.n_embd == 8
+    assert AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=False)("a").input_ids == [97]
+    assert not list((tmp_path / "model").glob("*.safetensors")) and not (tmp_path / "model/README.md").exists()
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_weights_and_card(tmp_path: Path, model: GPT2LMHeadModel, safetensors: bool) -> None:
+    artefacts(tmp_path, model, safetensors).save_weights({"step": 30, "best_metric": 2.5})
+    name = "model.safetensors" if safetensors else "pytorch_model.bin"
+    assert (tmp_path / name).is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+    card = (tmp_path / "README.md").read_text()
+    for fact in ("# my-run", "gpt2", "Data: text", "Step: 30", "ppl: 2.5", "Seed: 7"):
+        assert fact in card
+
+
+def test_average_replaces_the_weights_it_has(model: GPT2LMHeadModel) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    average = {"transformer.wte.weight": torch.full_like(model.transformer.wte.weight, 3.0)}
+    load_exported_weights(model, {"model": state, "ema": average})
+    assert (model.transformer.wte.weight == 3.0).all() and (model.lm_head.weight == 3.0).all()
+    assert torch.equal(model.transformer.wpe.weight, state["transformer.wpe.weight"])
+    load_exported_weights(model, {"model": state, "ema": {}})
+    assert torch.equal(model.transformer.wte.weight, state["transformer.wte.weight"])
