@@ -131,9 +131,10 @@ def test_window_in_force_is_what_is_checked() -> None:
     """Window of w: a token sees itself and w - 1 before it. Rows of w tokens never reach beyond, rows of w + 1 do."""
     window = 4
     values = {**LLAMA, "model_type": "mistral", "sliding_window": window}
-    architecture = load_architecture(None, values, trust_remote_code=False)
-    model = build_causal_lm(architecture, "sdpa", seed=0).eval()
-    by_formula = build_causal_lm(architecture, install_attention("dense_only", reference_attention), seed=0).eval()
+    model, by_formula = (
+        build_causal_lm(load_architecture(None, values, trust_remote_code=False), name, seed=0).eval()
+        for name in ("sdpa", install_attention("dense_only", reference_attention))
+    )
     ids = torch.arange(1, window + 2).unsqueeze(0)
     with torch.no_grad():
         short = [m(input_ids=ids[:, :window], use_cache=False).logits for m in (model, by_formula)]

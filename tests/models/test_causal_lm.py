@@ -57,6 +57,11 @@ def from_folder(folder: Path, **overrides: object) -> PreTrainedModel:
     return load_causal_lm(str(folder), architecture, "sdpa", trust_remote_code=False)
 
 
+def own_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What this project said; transformers' own report is quiet in a run."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("truthgpt")]
+
+
 def batch_of(ids: torch.Tensor) -> Batch:
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:].clone()}
 
@@ -64,7 +69,7 @@ def batch_of(ids: torch.Tensor) -> Batch:
 def test_pretrained_weights_and_loss(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "truthgpt"):
         model = from_folder(folder).eval()
-    assert caplog.records == []
+    assert own_lines(caplog) == []
     reference = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, attn_implementation="eager"
     ).eval()
@@ -128,15 +133,16 @@ def test_missing_weights_are_reported(folder: Path, caplog: pytest.LogCaptureFix
         deeper["layer_types"] = None
     with caplog.at_level(logging.WARNING, "truthgpt"):
         from_folder(folder, **deeper)
-    assert len(caplog.records) == 1
-    assert "missing weights, for example" in caplog.text and "2." in caplog.text
+    (said,) = own_lines(caplog)
+    assert "missing weights, for example" in said and ".2." in said
 
 
 def test_unexpected_weights_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt2"](**FAMILIES["gpt2"])).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, "truthgpt"):
         from_folder(tmp_path, n_layer=1)
-    assert len(caplog.records) == 1 and "12 unexpected weights" in caplog.text
+    (said,) = own_lines(caplog)
+    assert "11 unexpected weights, for example transformer.h.1." in said
 
 
 def test_weights_that_do_not_fit_or_are_not_there(folder: Path, tmp_path: Path) -> None:
@@ -144,7 +150,7 @@ def test_weights_that_do_not_fit_or_are_not_there(folder: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match="no weights can be loaded"):
         from_folder(folder, **width)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(ConfigError, match="model.init: scratch"):
+    with pytest.raises(ConfigError, match=r"model\.init: scratch"):
         from_folder(tmp_path)
 
 

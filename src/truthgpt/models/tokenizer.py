@@ -50,7 +50,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
     """A saved tokenizer, from a folder or the hub.
 
     Raises:
-        ConfigError: nothing there, no fast tokenizer, or no end-of-text token.
+        ConfigError: nothing there, no fast tokenizer, an empty one, or no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
@@ -59,6 +59,9 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
         raise _problem(f"no tokenizer can be read from {name_or_path!r}: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise _problem(f"{name_or_path!r} has no fast tokenizer (a tokenizer.json)")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # What transformers makes of a GPT-2 folder without one: every text becomes no token at all.
+        raise _problem(f"{name_or_path!r} has no tokenizer: its vocabulary is empty (a tokenizer.json is missing)")
     if tokenizer.eos_token_id is None:
         raise _problem(f"the tokenizer of {name_or_path!r} has no end-of-text token (eos_token)")
     if tokenizer.pad_token_id is None:

@@ -1,0 +1,105 @@
+"""Loading a model back: a run, a checkpoint, a folder, and what is said when there is nothing to load."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_build import build_small_trainer
+from truthgpt.errors import CheckpointError, ConfigError
+from truthgpt.load_model import LoadedModel, load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a best checkpoint at step 2 and a last one at step 4."""
+    folder = tmp_path_factory.mktemp("loaded")
+    build_small_trainer(folder, "training.max_steps=4", "training.eval_interval=2").train()
+    return folder / "runs/t"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def averaged(path: Path) -> dict[str, torch.Tensor]:
+    payload = torch.load(path, weights_only=True)
+    return {**payload["model"], **payload["ema"]}
+
+
+def assert_weights(loaded: LoadedModel, expected: dict[str, torch.Tensor]) -> None:
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert not loaded.model.training
+
+
+@pytest.mark.parametrize(
+    ("target", "in_run"),
+    [("", True), ("model", False), ("checkpoints/best.pt", True), ("checkpoints/last.pt", True)],
+)
+def test_every_form_is_the_averaged_weights(run: Path, target: str, in_run: bool) -> None:
+    loaded = load_model(run / target, CPU)
+    last = "last" in target
+    assert_weights(loaded, averaged(run / f"checkpoints/{'last' if last else 'best'}.pt"))
+    assert loaded.run_directory == (run if in_run else None)
+    assert loaded.tokenizer("hi").input_ids == [104, 105]
+
+
+def test_relative_paths(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "checkpoints")
+    assert_weights(load_model(Path("best.pt"), CPU), averaged(run / "checkpoints/best.pt"))
+    monkeypatch.chdir(run)
+    assert_weights(load_model(Path(), CPU), averaged(run / "checkpoints/best.pt"))
+
+
+def test_unfinished_run_uses_its_best_and_says_so(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "model/model.safetensors").unlink()
+    with caplog.at_level(logging.WARNING, "truthgpt"):
+        assert_weights(load_model(run, CPU), averaged(run / "checkpoints/best.pt"))
+    assert "has no final weights yet" in caplog.text
+    for name in ("best.pt", "best.json"):
+        (run / "checkpoints" / name).unlink()
+    assert_weights(load_model(run, CPU), averaged(run / "checkpoints/last.pt"))
+
+
+def damage(run: Path) -> Path:
+    path = run / "checkpoints/best.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    return path
+
+
+def move_away(run: Path) -> Path:
+    shutil.copy(run / "checkpoints/best.pt", run.parent / "alone.pt")
+    return run.parent / "alone.pt"
+
+
+@pytest.mark.parametrize(
+    ("target", "phrase"),
+    [
+        (lambda run: run / "nothing", "nothing to load at"),
+        (lambda run: run.parent, "give a run directory"),
+        (damage, "SHA-256"),
+        (move_away, "lies in no run directory"),
+    ],
+)
+def test_what_cannot_be_loaded(run: Path, target: Callable[[Path], Path], phrase: str) -> None:
+    with pytest.raises(CheckpointError, match=phrase):
+        load_model(target(run), CPU)
+
+
+def test_folder_without_a_tokenizer(run: Path) -> None:
+    for path in (run / "model").glob("*token*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="vocabulary is empty"):
+        load_model(run / "model", CPU)
