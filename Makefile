@@ -6,6 +6,9 @@ ARGS :=
 # Two test processes: the tests compute on one thread each, and a laptop has two cores to spare.
 TEST_PROCESSES := 2
 
+# Not the Markdown: its registry snippets stand as the contract writes them, one line a builder.
+CODE := src tests benchmarks examples
+
 # One stamp an installation: it is repeated only when the requirements changed.
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
@@ -31,7 +34,7 @@ test-all: $(DEV_STAMP) ## Run the tests, the long reliability runs included.
 
 lint: $(DEV_STAMP) ## Check style, types and the generated files.
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m truthgpt.cli.reference --check
 

@@ -181,7 +181,6 @@ def test_prompts_without_completions_are_no_training_data(cli: Cli) -> None:
     refused(cli("train", "base.yaml", *overrides), 3, "0 usable rows of 1", "raise data.max_seq_len")
 
 
-@pytest.mark.xfail(strict=True, reason="the lm collator rounds up past the model's positions")
 def test_rounding_up_stays_within_the_context(cli: Cli) -> None:
     write_sources(cli.folder)
     (cli.folder / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 60}) + "\n" for i in range(20)))

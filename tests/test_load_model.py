@@ -10,18 +10,43 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_build import build_small_trainer
+from tests.test_build import build_small_trainer, registered
 from truthgpt.errors import CheckpointError, ConfigError
+from truthgpt.factories.metrics import METRICS
 from truthgpt.load_model import LoadedModel, load_model
+from truthgpt.metrics.base import EvalBatch
 
 CPU = torch.device("cpu")
 
 
+class Growing:
+    """A metric that only gets worse, so that the first evaluation is the best."""
+
+    name = "growing"
+    direction = "min"
+
+    def __init__(self) -> None:
+        self._value = 0.0
+
+    def reset(self) -> None:
+        """Nothing is summed."""
+
+    def update(self, batch: EvalBatch) -> None:
+        """Nothing is looked at."""
+
+    def compute(self) -> float:
+        """One more each time."""
+        self._value += 1
+        return self._value
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with a best checkpoint at step 2 and a last one at step 4."""
+    """A finished run with its best checkpoint at step 2 and its last at step 4."""
     folder = tmp_path_factory.mktemp("loaded")
-    build_small_trainer(folder, "training.max_steps=4", "training.eval_interval=2").train()
+    judged = ("eval.metrics=[growing]", "eval.select_best_by=growing")
+    with registered(METRICS, "growing", Growing):
+        build_small_trainer(folder, "training.max_steps=4", "training.eval_interval=2", *judged).train()
     return folder / "runs/t"
 
 

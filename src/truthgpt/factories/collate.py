@@ -22,8 +22,8 @@ class LMOptions(Options):
 
 
 @COLLATORS.register("lm", options=LMOptions)
-def build_lm_collator(pad_token_id: int, pad_to_multiple_of: int) -> Collator:
+def build_lm_collator(pad_token_id: int, pad_to_multiple_of: int, max_seq_len: int) -> Collator:
     """Pads token sequences on the right to the longest of the micro-batch."""
     from truthgpt.data.collate import LMCollator
 
-    return LMCollator(pad_token_id, pad_to_multiple_of)
+    return LMCollator(pad_token_id, pad_to_multiple_of, max_seq_len)
