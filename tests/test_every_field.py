@@ -224,6 +224,7 @@ def doubled_plan(train_batch_size: int, grad_accum_steps: int) -> MemoryPlan:
 
 
 JSONL: Overrides = ("data.source=jsonl", "data.path=FOLDER/both.jsonl", "data.validation_fraction=0.1")
+LONG: Overrides = (*JSONL, "data.max_seq_len=64")
 PAIRS: Overrides = (*COMPLETIONS, "data.path=FOLDER/both.jsonl")
 BAD: Overrides = ("data.source=jsonl", "data.path=FOLDER/bad.jsonl")
 PRETRAINED: Overrides = ("model.name_or_path=FOLDER/pretrained", "model.init=pretrained")
@@ -348,7 +349,7 @@ TABLE: dict[str, Shows | Refused] = {
     "data.on_bad_row": Shows("data.on_bad_row=skip", outcome, (*BAD, "data.max_bad_fraction=0.5")),
     "data.max_bad_fraction": Shows("data.max_bad_fraction=0.001", outcome, (*BAD, "data.on_bad_row=skip")),
     "data.streaming": Refused("data.streaming=true", "is not in this version"),
-    "data.collate": Shows("data.collate={type: lm, pad_to_multiple_of: 64}", built(first_batch), JSONL),
+    "data.collate": Shows("data.collate={type: lm, pad_to_multiple_of: 64}", built(first_batch), LONG),
     "data.max_seq_len": Shows("data.max_seq_len=16", built(first_batch)),
     "data.bucket_by_length": Refused("data.bucket_by_length=true", "is not in this version"),
     "data.bucket_bins": Refused("data.bucket_bins=[32, 64]", "bucket_by_length"),
