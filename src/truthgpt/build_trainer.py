@@ -160,7 +160,7 @@ def _sampler(config: Config, components: Components) -> Callable[[], list[dict[s
         max_new_tokens=generate.max_new_tokens,
         temperature=generate.temperature,
         seed=derive_seed(config.seed, "samples"),
-        use_cache=True,
+        use_cache=components.kv_cache.use_cache,
     )
 
     def sample() -> list[dict[str, str]]:
