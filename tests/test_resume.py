@@ -103,6 +103,20 @@ def test_signal_saves_and_resumes_exactly(cli: Cli, when: str, name: str) -> Non
     assert_same_run(cli.folder / "straight", cli.folder / "resumed", 40)
 
 
+def test_stop_inside_the_evaluation_that_ends_the_run_early(cli: Cli) -> None:
+    """The resumed run does that evaluation, stops early, and logs a last row that was not due: the same row."""
+    write_sources(cli.folder)
+    command = ["train", "base.yaml", *PLUGIN, *SOURCES["text"], "training.log_interval=7", "training.eval_interval=10"]
+    command += ["training.early_stopping_patience=1", "training.learning_rate=1e-30"]
+    assert cli(*command, "output_dir=straight").exit_code == 0
+    last = log_rows(cli.folder / "straight")[-1]
+    assert last["step"] == 20 and last["grad_norm"] > 0, "stopped early, between two log lines"
+    stopped = cli(*command, "output_dir=resumed", env={"KILL_AT": "on_step:20", "KILL_SIGNAL": "SIGTERM"})
+    assert stopped.exit_code == 143, stopped.stderr
+    assert cli(*command, "output_dir=resumed", "--resume", "auto").exit_code == 0
+    assert_same_run(cli.folder / "straight", cli.folder / "resumed", 20)
+
+
 def test_killed_between_checkpoint_and_export_still_exports(cli: Cli) -> None:
     write_sources(cli.folder)
     command = ["train", "base.yaml", *PLUGIN, *SOURCES["text"]]

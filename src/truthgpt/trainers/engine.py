@@ -86,7 +86,7 @@ class TrainEngine:
             NonFiniteError: with `detect_anomaly`, naming the operation that made the first NaN.
         """
         self.model.train()
-        self._set_learning_rate(step)
+        self.set_learning_rate(step)
         loss_sum = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(batch.micro_batches):
             seed_micro_batch(self._settings.seed, step, index, rank=0)
@@ -126,7 +126,8 @@ class TrainEngine:
             return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
 
-    def _set_learning_rate(self, step: int) -> None:
+    def set_learning_rate(self, step: int) -> None:
+        """Give every parameter group the rate of optimizer step `step` (from 0)."""
         factor = self.schedule(step)
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor

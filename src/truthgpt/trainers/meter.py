@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -74,11 +76,18 @@ class StepMeter:
         """Start the speed window now, after setting up."""
         self._window_start_s = time.perf_counter()
 
-    def state_dict(self) -> dict[str, torch.Tensor | int]:
-        """Loss sum and token count since the last log line."""
-        return {"loss_sum": self._loss_sum.cpu(), "loss_tokens": int(self._loss_tokens)}
+    def state_dict(self) -> dict[str, Any]:
+        """Loss sum and token count since the last log line, and the last gradient norm (None when it is not finite)."""
+        grad_norm = float(self._grad_norm)
+        return {
+            "loss_sum": self._loss_sum.cpu(),
+            "loss_tokens": int(self._loss_tokens),
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        }
 
-    def load_state_dict(self, state: dict[str, torch.Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self._loss_sum.copy_(torch.as_tensor(state["loss_sum"]))
-        self._loss_tokens.fill_(int(state["loss_tokens"]))
+        self._loss_sum.copy_(state["loss_sum"])
+        self._loss_tokens.fill_(state["loss_tokens"])
+        grad_norm = math.nan if state["grad_norm"] is None else state["grad_norm"]
+        self._grad_norm = torch.full_like(self._grad_norm, grad_norm)

@@ -251,6 +251,7 @@ class GenericTrainer:
             raise CheckpointError(f"{path}: the loop state has no {error}") from error
         self.parts.callbacks.load_state_dict(payload["callbacks"])
         self.state = dataclasses.replace(saved, max_steps=self.settings.max_steps)
+        self.parts.engine.set_learning_rate(max(self.state.step - 1, 0))  # what a log line due now would show
         self._note_limits()  # a limit that was raised since no longer ends the run
         self.parts.metrics_log.cut_after(self.state.step)
 
