@@ -24,14 +24,11 @@ def _no_network() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One token cache a session, never the user's."""
-    before = os.environ.get("TRUTHGPT_CACHE_DIR")
-    os.environ["TRUTHGPT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["TRUTHGPT_CACHE_DIR"]
-    else:
-        os.environ["TRUTHGPT_CACHE_DIR"] = before
+    """One token cache and one dataset cache a session, never the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TRUTHGPT_CACHE_DIR", "HF_DATASETS_CACHE"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

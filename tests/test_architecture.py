@@ -21,7 +21,13 @@ LAYERS: dict[str, int] = {
     "config": 1,
     **dict.fromkeys(ROOMS, 2),
     **dict.fromkeys(("factories", "trainers"), 3),
-    **dict.fromkeys(("validate_config", "build", "build_data", "build_trainer", "load_model"), 4),
+    **dict.fromkeys(
+        (
+            *("validate_config", "config_rules", "json_schema", "task", "load_model", "inspect_data"),
+            *("build", "build_attention", "build_data", "build_images", "build_text", "build_trainer"),
+        ),
+        4,
+    ),
     **dict.fromkeys(("cli", "__main__"), 5),
 }
 """The layer of every folder and file directly below `truthgpt`."""

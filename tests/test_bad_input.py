@@ -143,7 +143,7 @@ DATA_MISTAKES: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
     "empty": ("text", b"", ("0 usable documents in broken",)),
     "blank lines": ("text", b"\n\n  \n", ("0 usable documents in broken",)),
     "not UTF-8": ("text", b"caf\xe9 au lait, several of them\n" * 9, ("broken: not UTF-8 at byte 3", "iconv")),
-    "missing rows": ("jsonl", None, ("broken", "no .jsonl file found")),
+    "missing rows": ("jsonl", None, ("broken", "no .jsonl or .jsonl.gz or .jsonl.zst file found")),
     "no row": ("jsonl", b"\n", ("0 usable documents in broken",)),
     "malformed row": ("jsonl", jsonl(GOOD, '{"text": }'), ("broken:2:10: not valid JSON", "on_bad_row")),
     "torn row": ("jsonl", jsonl(GOOD) + b'{"text": "to', ("broken:2:10: ",)),
@@ -357,7 +357,9 @@ def test_out_of_memory(cli: Cli) -> None:
     write_sources(cli.folder)
     arguments = ("model.attention.backend=out_of_memory", "data.validation_fraction=0")
     finished = cli("train", "base.yaml", *FAULTS, *arguments, "--json", env={"FAIL_AT_CALL": "27"})
-    refused(finished, 7, "step 7 ", "4 rows x 32 tokens", "training.train_batch_size", "gradient_checkpointing")
+    refused(
+        finished, 7, "step 7 ", "micro-batches of 4 x 32 labels", "training.train_batch_size", "gradient_checkpointing"
+    )
     assert finished.json["exit_code"] == 7 and finished.json["step"] == 6
     resumed = cli("train", "base.yaml", *FAULTS, *arguments, "--resume", "auto", env={"FAIL_AT_CALL": "1000000"})
     assert resumed.exit_code == 0 and "resumed after step 5" in resumed.stderr

@@ -18,6 +18,7 @@ from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, DataError, RunDirectoryError
 from truthgpt.factories.callbacks import CALLBACKS
 from truthgpt.factories.registry import Availability, Registry
+from truthgpt.load_model import LoadedModel
 from truthgpt.trainers.trainer import GenericTrainer
 from truthgpt.validate_config import load_config
 
@@ -131,9 +132,10 @@ def test_missing_tracker_falls_back_in_one_line(tmp_path: Path, caplog: pytest.L
 
 def test_evaluation_needs_a_validation_split(tmp_path: Path) -> None:
     config = small_config(tmp_path, "data.validation_fraction=0")
-    tokenizer = build(tmp_path).tokenizer
+    components = build(tmp_path)
+    loaded = LoadedModel(components.model, components.tokenizer, tmp_path, run_directory=None)
     with pytest.raises(DataError, match="validation_fraction"):
-        build_evaluation(config, tokenizer)
+        build_evaluation(config, loaded)
 
 
 def test_config_is_checked_before_data_is_read(tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.process import Cli
+from tests.process import Cli, Finished
 from tests.sample_data import write_sources
 from truthgpt.config.load import preset_names
 from truthgpt.validate_config import load_config
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(
-    r"^<!-- (?:file: (?P<name>\S+)|(?P<run>run)) -->\n```\w+\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^<!-- (?:file: (?P<name>\S+)|run(?P<exact>, exact)?(?:, exit (?P<exit>\d+))?) -->\n```\w+\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PAGES = sorted(
@@ -32,23 +33,45 @@ CONFIGS = sorted(
 )
 
 
+@dataclass
+class Command:
+    """A command with its arguments, and the lines that the page shows below it."""
+
+    words: list[str]
+    output: list[str]
+
+
 @dataclass(frozen=True)
 class Block:
-    """A marked block: a file to write, or (no name) commands to run."""
+    """A marked block: a file to write, or (no name) commands to run, which end with `exit_code`.
+
+    With `exact`, every line that the page shows is a line the command prints; `...` stands for anything.
+    """
 
     name: str | None
     text: str
+    exact: bool
+    exit_code: int
 
     @property
-    def commands(self) -> list[list[str]]:
-        """The `truthgpt` commands, with or without a prompt sign; other lines are output."""
-        lines = [line.removeprefix("$ ") for line in self.text.splitlines()]
-        return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("truthgpt ")]
+    def commands(self) -> list[Command]:
+        """The `truthgpt` and `python` commands, with or without a prompt sign; other lines are output."""
+        found: list[Command] = []
+        for line in self.text.splitlines():
+            words = line.removeprefix("$ ")
+            if words.startswith(("truthgpt ", "python ")):
+                found.append(Command(shlex.split(words, comments=True), []))
+            elif found and line not in ("", "..."):
+                found[-1].output.append(line)
+        return found
 
 
 def blocks_of(page: Path) -> list[Block]:
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = [Block(match["name"], match["text"]) for match in FENCE.finditer(text)]
+    found = [
+        Block(match["name"], match["text"], match["exact"] is not None, int(match["exit"] or 0))
+        for match in FENCE.finditer(text)
+    ]
     marks = len(re.findall(r"^<!-- (?:file: |run)", text, re.MULTILINE))
     assert len(found) == marks, f"{page}: a mark without its block"
     return found
@@ -68,10 +91,28 @@ def test_page_runs_as_written(cli: Cli, page: Path) -> None:
             continue
         assert block.commands, f"{page}: nothing to run in\n{block.text}"
         for command in block.commands:
-            finished = cli(*command)
-            assert finished.exit_code == 0, f"truthgpt {shlex.join(command)}\n{finished.stderr}"
+            finished = run(cli, command.words)
+            said = f"{shlex.join(command.words)}\n{finished.stdout}{finished.stderr}"
+            assert finished.exit_code == block.exit_code, said
+            if block.exact:
+                printed = [line.rstrip() for line in said.splitlines()]
+                assert [line for line in command.output if not any(shows(line, each) for each in printed)] == [], said
             ran += 1
     assert ran
+
+
+def shows(line: str, printed: str) -> bool:
+    """Whether `line` of a page is the `printed` one; `...` in it stands for anything."""
+    return re.fullmatch(".*".join(map(re.escape, line.rstrip().split("..."))), printed) is not None
+
+
+def run(cli: Cli, words: list[str]) -> Finished:
+    """A `truthgpt` command, or `python FILE` with the Python of the tests, in the folder of `cli`."""
+    if words[0] == "truthgpt":
+        return cli(*words[1:])
+    command = [sys.executable, *words[1:]]
+    finished = subprocess.run(command, cwd=cli.folder, capture_output=True, text=True, timeout=60)
+    return Finished(finished.returncode, finished.stdout, finished.stderr)
 
 
 def test_extending_shows_the_three_promised_snippets() -> None:

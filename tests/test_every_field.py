@@ -22,11 +22,12 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 import truthgpt.build
 import truthgpt.build_data
-from tests.sample_data import write_sources
+from tests.sample_data import CHAT_TEMPLATE, write_every_source, write_hub_datasets
 from tests.test_build import COMPLETIONS, NO_DROPOUT, build, registered, small_config
 from truthgpt.build import Components
 from truthgpt.build_trainer import build_trainer
-from truthgpt.config.schema import Component, Config
+from truthgpt.config.schema import Config
+from truthgpt.config.section import Component
 from truthgpt.data.base import Batch
 from truthgpt.errors import ConfigError, DataError, NonFiniteError
 from truthgpt.factories.attention import ATTENTION_BACKENDS
@@ -59,11 +60,16 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._numbers = itertools.count()
-        write_sources(folder)
+        write_every_source(folder)
         rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
         pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-        both = [{**row, **pair, "other": pair["prompt"]} for row, pair in zip(rows, pairs, strict=True)]
+        chats = [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
+        both = [
+            {**row, **pair, **chat, "other": pair["prompt"], "first_turn": chat["messages"][:2]}
+            for row, pair, chat in zip(rows, pairs, chats, strict=True)
+        ]
         lines = [json.dumps(row) for row in both]
+        write_hub_datasets(folder, lines)
         (folder / "both.jsonl").write_text("\n".join(lines))
         (folder / "bad.jsonl").write_text("\n".join([*lines, "{"] * 2))
         (folder / "short.txt").write_text("a text file with some words in it\n" * 40)
@@ -156,6 +162,10 @@ def first_batch(components: Components) -> list[Any]:
     return [batch["input_ids"].shape for batch in next(components.train_loader.batches()).micro_batches]
 
 
+def first_ids(components: Components) -> list[Any]:
+    return next(components.train_loader.batches()).micro_batches[0]["input_ids"].tolist()
+
+
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -223,7 +233,23 @@ def doubled_plan(train_batch_size: int, grad_accum_steps: int) -> MemoryPlan:
     return MemoryPlan(train_batch_size * 2, grad_accum_steps, False)
 
 
-JSONL: Overrides = ("data.source=jsonl", "data.path=FOLDER/both.jsonl", "data.validation_fraction=0.1")
+JSONL: Overrides = (
+    *("data.source=jsonl", "data.path=FOLDER/both.jsonl", "data.validation_fraction=0.1"),
+    "data.packing=false",
+)
+CHAT: Overrides = (*JSONL, "data.format=chat", f"data.chat_template={json.dumps(CHAT_TEMPLATE)}")
+HUB: Overrides = ("data.source=hf", "data.path=null", "data.dataset=FOLDER/hub")
+STDLIB: Overrides = ("data.source=python_stdlib", "data.path=null")
+MIXED: Overrides = (
+    *STDLIB,
+    "data.sources=[{source: jsonl, path: FOLDER/both.jsonl, weight: 1}, "
+    "{source: text, path: FOLDER/corpus.txt, weight: 1}]",
+)
+IMAGES: Overrides = (
+    *("model.task=image_classification", "data.source=hf", "data.path=FOLDER/images.parquet", "data.collate=cv"),
+    "model.config={model_type: vit, hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 1, image_size: 8, "
+    "intermediate_size: 8, patch_size: 4}",
+)
 LONG: Overrides = (*JSONL, "data.max_seq_len=64")
 PAIRS: Overrides = (*COMPLETIONS, "data.path=FOLDER/both.jsonl")
 BAD: Overrides = ("data.source=jsonl", "data.path=FOLDER/bad.jsonl")
@@ -261,6 +287,7 @@ fused = built(lambda c: c.optimizer.param_groups[0]["fused"])
 plan = built(lambda c: c.plan)
 schedule = built(lambda c: [c.schedule(step) for step in range(40)])
 steps_per_epoch = built(lambda c: c.train_loader.steps_per_epoch)
+order = built(lambda c: c.train_loader.state_dict(0)["order"])
 evaluation_batches = built(lambda c: None if c.eval_loader is None else len(c.eval_loader))
 facts_of_workers = tuple(passed_to(truthgpt.build_data, "WorkerSettings", index) for index in range(3))
 
@@ -270,7 +297,7 @@ TABLE: dict[str, Shows | Refused] = {
     "output_dir": Shows("output_dir=FOLDER/there", wired(lambda t: t.parts.checkpoints.folder), HERE),
     "plugins": Refused("plugins=[my_parts]", "--allow-plugins"),
     "strict": Shows("strict=true", outcome, ("training.mixed_precision=fp16",)),
-    "model.task": Refused("model.task=image_classification", "must be 'causal_lm'"),
+    "model.task": Shows("model.task=image_classification", outcome),
     "model.name_or_path": Shows(
         "model.name_or_path=FOLDER/pretrained", built(lambda c: c.model.config.layer_norm_epsilon)
     ),
@@ -335,8 +362,14 @@ TABLE: dict[str, Shows | Refused] = {
     "optimizer.type": Shows("optimizer.type=lion", built(lambda c: type(c.optimizer))),
     "optimizer.fused": Shows("optimizer.fused=false", fused),
     "data.source": Shows("data.source=jsonl", steps_per_epoch, ("data.path=FOLDER/both.jsonl",)),
-    "data.dataset": Refused("data.dataset=wikitext", "is not read by data source text"),
-    "data.subset": Refused("data.subset=small", "is not read by data source text"),
+    "data.sources": Shows(
+        "data.sources=[{source: jsonl, path: FOLDER/both.jsonl}]", built(fingerprint), STDLIB
+    ),
+    "data.mix_by": Shows("data.mix_by=tokens", order, MIXED),
+    "data.dataset": Shows("data.dataset=FOLDER/hub2", built(fingerprint), HUB),
+    "data.subset": Shows("data.subset=small", built(fingerprint), HUB),
+    "data.split": Shows("data.split=test", built(fingerprint), HUB),
+    "data.validation_split": Shows("data.validation_split=test", evaluation_batches, HUB),
     "data.path": Shows("data.path=FOLDER/short.txt", built(fingerprint)),
     "data.validation_path": Shows("data.validation_path=FOLDER/short.txt", built(fingerprint)),
     "data.validation_fraction": Shows("data.validation_fraction=0.3", evaluation_batches),
@@ -344,15 +377,24 @@ TABLE: dict[str, Shows | Refused] = {
     "data.text_field": Shows("data.text_field=prompt", built(fingerprint), JSONL),
     "data.prompt_field": Shows("data.prompt_field=text", built(fingerprint), PAIRS),
     "data.completion_field": Shows("data.completion_field=text", built(fingerprint), PAIRS),
+    "data.messages_field": Shows("data.messages_field=first_turn", built(fingerprint), CHAT),
+    "data.chat_template": Shows(
+        "data.chat_template='{% for m in messages %}{{ m.content }}.{% endfor %}'", built(fingerprint), CHAT
+    ),
+    "data.image_field": Shows("data.image_field=other", built(fingerprint), IMAGES),
+    "data.label_field": Shows("data.label_field=shade", built(lambda c: c.model.config.id2label), IMAGES),
     "data.train_on": Shows("data.train_on=all", built(fingerprint), PAIRS),
     "data.overlong": Shows("data.overlong=split", steps_per_epoch, (*JSONL, "data.max_seq_len=16")),
     "data.on_bad_row": Shows("data.on_bad_row=skip", outcome, (*BAD, "data.max_bad_fraction=0.5")),
     "data.max_bad_fraction": Shows("data.max_bad_fraction=0.001", outcome, (*BAD, "data.on_bad_row=skip")),
-    "data.streaming": Refused("data.streaming=true", "is not in this version"),
+    "data.streaming": Shows("data.streaming=true", built(lambda c: type(c.train_loader)), JSONL),
+    "data.shuffle_window": Shows("data.shuffle_window=9", built(first_ids), (*JSONL, "data.streaming=true")),
+    "data.packing": Shows("data.packing=true", steps_per_epoch, JSONL),
+    "data.max_tokens": Shows("data.max_tokens=64", plan, JSONL),
     "data.collate": Shows("data.collate={type: lm, pad_to_multiple_of: 64}", built(first_batch), LONG),
     "data.max_seq_len": Shows("data.max_seq_len=16", built(first_batch)),
-    "data.bucket_by_length": Refused("data.bucket_by_length=true", "is not in this version"),
-    "data.bucket_bins": Refused("data.bucket_bins=[32, 64]", "bucket_by_length"),
+    "data.bucket_by_length": Shows("data.bucket_by_length=true", order, JSONL),
+    "data.bucket_bins": Shows("data.bucket_bins=[10, 20]", order, (*JSONL, "data.bucket_by_length=true")),
     "data.num_workers": Shows("data.num_workers=1", facts_of_workers[0]),
     "data.prefetch_factor": Shows("data.prefetch_factor=4", facts_of_workers[1]),
     "data.persistent_workers": Shows("data.persistent_workers=false", facts_of_workers[2]),
@@ -400,8 +442,8 @@ def test_every_field_has_a_row() -> None:
     assert TABLE.keys() == fields
 
 
-UNREAD = ("model.lora.r", "model.lora.alpha", "model.lora.dropout", "data.bucket_bins")
-"""Accepted and read by nothing, until there are adapters and buckets; the mark turns red when that changes."""
+UNREAD = ("model.lora.r", "model.lora.alpha", "model.lora.dropout")
+"""Accepted and read by nothing, until there are adapters; the mark turns red when that changes."""
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -70,7 +71,10 @@ def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
         assert difference <= tolerance * scale, f"{name}: {difference / scale:.2e}"
 
 
-@pytest.mark.parametrize("data", [(), COMPLETIONS], ids=["text", "completions"])
+PADDED = (*COMPLETIONS, "data.packing=false")
+
+
+@pytest.mark.parametrize("data", [(), PADDED, COMPLETIONS], ids=["text", "padded", "packed"])
 @pytest.mark.parametrize("step", [0, -1], ids=["full batch", "last partial batch"])
 def test_splitting_a_batch_changes_nothing(tmp_path: Path, data: tuple[str, ...], step: int) -> None:
     """8x1, 4x2, 2x4 and 1x8 give one gradient, also with unequal label counts, and so does plain PyTorch."""
@@ -94,24 +98,37 @@ def test_splitting_a_batch_changes_nothing(tmp_path: Path, data: tuple[str, ...]
         assert own_loss == pytest.approx(loss, rel=1e-6)
 
 
+def documents_alone(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and labels of every packed document as a row of its own; a batch that is not packed as it is."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    if "cu_seq_lens" not in batch:
+        yield ids, labels
+        return
+    borders = batch["cu_seq_lens"].tolist()
+    for start, end in itertools.pairwise(borders):
+        if end > start:
+            yield ids.flatten()[None, start:end], labels.flatten()[None, start:end]
+
+
 def plain_gradient(model: nn.Module, batches: list[Batch]) -> tuple[dict[str, torch.Tensor], float]:
     """Mean cross-entropy over all labels of all batches, one after the other, and its gradient."""
     copied = copy.deepcopy(model).train()
     losses = []
-    for batch in batches:
-        logits = copied(input_ids=batch["input_ids"]).logits
-        picked = batch["labels"] != -100
+    for ids, labels in (pair for batch in batches for pair in documents_alone(batch)):
+        logits = copied(input_ids=ids).logits
+        picked = labels != -100
         log_probabilities = torch.log_softmax(logits[picked], dim=-1)
-        losses.append(-log_probabilities.gather(1, batch["labels"][picked].unsqueeze(1)).flatten())
+        losses.append(-log_probabilities.gather(1, labels[picked].unsqueeze(1)).flatten())
     mean = torch.cat(losses).mean()
     mean.backward()
     return {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}, float(mean.detach())
 
 
-def test_ten_steps_equal_a_plain_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [PADDED, COMPLETIONS], ids=["padded", "packed"])
+def test_ten_steps_equal_a_plain_loop(tmp_path: Path, data: tuple[str, ...]) -> None:
     """AdamW with cosine, warm-up, clipping and weight decay on matrices; EMA in float64; across an epoch's end."""
     overrides = (
-        *(f"model.config={NO_DROPOUT}", *COMPLETIONS, "training.max_steps=18", "training.warmup_ratio=0.2"),
+        *(f"model.config={NO_DROPOUT}", *data, "training.max_steps=18", "training.warmup_ratio=0.2"),
         *("training.max_grad_norm=0.5", "training.weight_decay=0.1", "ema.decay=0.5", "checkpoint.interval_steps=100"),
     )
     trainer = build_small_trainer(tmp_path, *overrides)
@@ -126,8 +143,9 @@ def test_ten_steps_equal_a_plain_loop(tmp_path: Path) -> None:
     for step, batch in enumerate(islice(loader.batches(), 18)):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * cosine_factor(step, total=18, warmup=4)
-        labels = [b["labels"].flatten() for b in batch.micro_batches]
-        logits = [model(input_ids=b["input_ids"]).logits.flatten(0, 1) for b in batch.micro_batches]
+        pairs = [pair for micro_batch in batch.micro_batches for pair in documents_alone(micro_batch)]
+        labels = [labels.flatten() for _, labels in pairs]
+        logits = [model(input_ids=ids).logits.flatten(0, 1) for ids, _ in pairs]
         loss = F.cross_entropy(torch.cat(logits), torch.cat(labels), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from truthgpt.config.load import load_raw, preset_names
-from truthgpt.config.schema import ALIASES, FOREIGN_NAMES, Config
+from truthgpt.config.names import ALIASES, FOREIGN_NAMES
+from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import flow
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.factories.catalog import REGISTRIES
 from truthgpt.factories.registry import Options
-from truthgpt.validate_config import json_schema, load_config, resolved_yaml, validate_config
+from truthgpt.json_schema import json_schema
+from truthgpt.validate_config import load_config, resolved_yaml, validate_config
 
 SCRATCH = {"model": {"config": {"model_type": "llama"}}}
 
@@ -155,7 +157,7 @@ def test_problems_of_the_loader_and_of_validation_come_together(tmp_path: Path) 
         ("run_name=a/../b", "must be letters", None),
         ("run_name=" + "a" * 200, "must be at most 128 characters long", None),
         ("optimizer.betas=[0.9]", "must have at least 2 items, not 1", None),
-        ("model.task=image_classification", "must be 'causal_lm'; found 'image_classification'", None),
+        ("model.task=images", "must be 'causal_lm' or 'image_classification'; found 'images'", None),
         ("seed=" + "9" * 60, "must be less than 9223372036854775808", None),
     ],
 )
@@ -215,9 +217,9 @@ def test_aliases_mean_keys_that_exist() -> None:
         ("model.attention.backend=triton", "model.attention.backend", "attention backend"),
         ("model.kv_cache.type=paged", "model.kv_cache.type", "kv cache"),
         ("model.memory.policy=adaptive", "model.memory.policy", "memory policy"),
-        ("data.source=hf", "data.source", "data source"),
-        ("data.source={type: webdataset}", "data.source.type", "data source"),
-        ("data.collate=cv", "data.collate", "collator"),
+        ("data.source=hub", "data.source", "data source"),
+        ("data.source={type: webdatasets}", "data.source.type", "data source"),
+        ("data.collate=images", "data.collate", "collator"),
         ("optimizer.type=sgd", "optimizer.type", "optimizer"),
         ("training.callbacks=[print, mlflow]", "training.callbacks[1]", "callback"),
         ("eval.metrics=[ppl, {type: bleu}]", "eval.metrics[1].type", "metric"),
@@ -231,6 +233,13 @@ def test_unknown_components_list_what_there_is(override: str, key: str, kind: st
     assert problem.message.endswith(f"there are: {', '.join(registry.names())}")
 
 
+ROWS = ["data.source=jsonl", "data.path=x.jsonl"]
+IMAGES = [
+    *("model.task=image_classification", "data.source=image_folder", "data.path=x", "data.collate=cv"),
+    *("eval.metrics=[ppl, accuracy]", "generate.prompts=[]"),
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "key", "words"),
     [
@@ -238,8 +247,53 @@ def test_unknown_components_list_what_there_is(override: str, key: str, kind: st
         (["eval.metrics=[bits_per_byte]"], "eval.select_best_by", "found 'ppl'"),
         (["model.kv_cache.block_size=64"], "model.kv_cache.block_size", "is not read by kv_cache.type: none"),
         (["model.lora.enabled=true"], "model.lora.enabled", "not in this version"),
-        (["data.streaming=true"], "data.streaming", "not in this version"),
-        (["data.bucket_by_length=true"], "data.bucket_by_length", "not in this version"),
+        (["data.streaming=true"], "data.streaming", "is not read by data source python_stdlib"),
+        ([*ROWS, "data.streaming=true", "training.max_steps=null"], "training.max_steps", "no known length"),
+        ([*ROWS, "data.shuffle_window=9"], "data.shuffle_window", "data.streaming: true only"),
+        ([*ROWS, "data.train_on=assistant"], "data.train_on", "needs format: chat"),
+        ([*ROWS, "data.chat_template=x"], "data.chat_template", "format: chat only"),
+        ([*ROWS, "data.split=test"], "data.split", "is not read by data source jsonl"),
+        ([*ROWS, "data.validation_split=test"], "data.validation_split", "is not read by data source jsonl"),
+        (["data.validation_path=x.txt"], "data.validation_path", "is not read by data source python_stdlib"),
+        ([*ROWS, "data.image_field=x"], "data.image_field", "is not read by data source jsonl"),  # said once
+        (["data.source=hf"], "data.dataset", "missing; give data.dataset or data.path"),
+        (["data.source=hf", "data.dataset=a", "data.path=b"], "data.dataset", "one is read"),
+        (["data.source=hf", "data.path=b", "data.image_field=x"], "data.image_field", "image_classification only"),
+        (["data.mix_by=tokens"], "data.mix_by", "data.sources only"),
+        ([*ROWS, "data.packing=true", "data.bucket_by_length=true"], "data.bucket_by_length", "packing: true"),
+        ([*ROWS, "data.bucket_bins=[8]"], "data.bucket_bins", "bucket_by_length: true only"),
+        ([*ROWS, "data.max_tokens=100"], "data.max_tokens", "less than one sample of data.max_seq_len 128"),
+        (["data.sources=[{source: jsonl}]"], "data.sources[0].path", "missing; data source jsonl needs it"),
+        (["data.sources=[{source: text, path: x, text_field: y}]"], "data.sources[0].text_field", "is not read by"),
+        (["data.sources=[{source: jsnol, path: x}]"], "data.sources[0].source", "no data source is called 'jsnol'"),
+        (["data.sources=[{source: text, path: x, stirp: 1}]"], "data.sources[0].stirp", "has no option of this name"),
+        (["data.sources=[{source: text, path: x}]", "data.text_field=t"], "data.text_field", "by data source text"),
+        ([*ROWS, "data.sources=[{source: text, path: x}]"], "data.source", "beside data.sources"),
+        (["data.sources=[{source: text, path: x, weight: 0}]"], "data.sources[0].weight", "more than 0"),
+        (
+            ["data.sources=[{source: text, path: x, weight: 1}, {source: text, path: y}]"],
+            "data.sources[1]",
+            "no weight",
+        ),
+        (
+            ["data.sources=[{source: jsonl, path: x, train_on: assistant}]"],
+            *("data.sources[0].train_on", "needs format: chat"),
+        ),
+        (
+            ["data.sources=[{source: jsonl, path: x, weight: 1}]", "data.bucket_by_length=true"],
+            *("data.bucket_by_length", "weighted sources"),
+        ),
+        (
+            ["data.sources=[{source: text, path: x}, {source: text, path: y}]", "data.streaming=true"],
+            *("data.sources[0]", "has no weight"),
+        ),
+        (["data.collate=cv"], "data.collate", "the task is causal_lm"),
+        ([*IMAGES, "data.collate=lm"], "data.collate", "the task is image_classification"),
+        ([*IMAGES, "data.packing=true"], "data.packing", "is for text"),
+        ([*IMAGES, "data.max_tokens=500"], "data.max_tokens", "is for text"),
+        ([*IMAGES, "generate.prompts=[a]"], "generate.prompts", "writes no text"),
+        ([*IMAGES, "eval.metrics=[ppl, bits_per_byte]"], "eval.metrics[1]", "is for text"),
+        ([*IMAGES, "data.source=text"], "data.source", "text has no images"),
         (["model.init=pretrained"], "model.name_or_path", "missing"),
         (["model.config={}"], "model.config.model_type", "missing"),
         (["model={init: scratch}"], "model.config.model_type", "missing"),
@@ -404,7 +458,8 @@ def test_a_file_name_of_two_lines_stays_in_its_comment(tmp_path: Path) -> None:
 
 
 def test_validation_loads_no_torch() -> None:
-    code = "import sys; from truthgpt.validate_config import *; load_config(); json_schema(); "
+    code = "import sys; from truthgpt.validate_config import *; from truthgpt.json_schema import *; "
+    code += "load_config(); json_schema(); "
     code += "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'numpy', 'rich')])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

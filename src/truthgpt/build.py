@@ -1,7 +1,7 @@
-"""Config -> Components: with `build_data` the only caller of the factories.
+"""Config -> Components: with the other `build_` modules the only caller of the factories.
 
-Order: device, architecture, source, tokenizer, model, memory plan, compile, optimizer, schedule. In-place changes to
-the model happen here and nowhere else.
+Order: device, memory plan, the task (`build_text`, `build_images`: source, tokenizer, model, loaders), compile,
+optimizer, schedule. In-place changes to the model happen here and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from truthgpt.attention.install import check_attention, install_attention
-from truthgpt.build_data import build_eval_loader, build_split, build_tokenizer, build_train_loader
+from truthgpt.build_data import build_eval_loader, build_text_data, rows_per_micro_batch
+from truthgpt.build_images import build_image_data, build_image_eval_loader, build_image_task
+from truthgpt.build_text import build_text_task
 from truthgpt.config.schema import Config
-from truthgpt.data.loader import EvalLoader, GlobalBatchLoader
-from truthgpt.errors import DataError
-from truthgpt.factories.attention import ATTENTION_BACKENDS
+from truthgpt.data.base import TrainLoader
+from truthgpt.data.loader import EvalLoader
+from truthgpt.errors import ConfigError, DataError, Problem
 from truthgpt.factories.callbacks import CALLBACKS
 from truthgpt.factories.kv_cache import KV_CACHES
 from truthgpt.factories.memory import MEMORY_POLICIES
@@ -26,24 +27,21 @@ from truthgpt.factories.metrics import METRICS
 from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.factories.scheduler import SCHEDULERS
 from truthgpt.kv_cache.base import KVCachePolicy
+from truthgpt.load_model import LoadedModel
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.metrics.base import Metric
-from truthgpt.models.architecture import check_context, load_architecture
-from truthgpt.models.causal_lm import (
-    build_causal_lm,
-    causal_lm_loss,
-    check_vocabulary,
-    enable_gradient_checkpointing,
-    fit_vocabulary,
-    load_causal_lm,
-    quiet_transformers,
-    set_generation_defaults,
-)
+from truthgpt.models.causal_lm import causal_lm_loss, quiet_transformers
+from truthgpt.models.image_classifier import image_classification_loss
+from truthgpt.models.image_processor import pixel_format_of
 from truthgpt.optim.groups import parameter_groups
 from truthgpt.runtime.compile import compile_layers, compile_pays
 from truthgpt.runtime.device import choose_device, configure_backends
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.precision import Precision, choose_precision
+from truthgpt.task import TaskParts
+from truthgpt.trainers.engine import Objective
+
+IMAGES = "image_classification"
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,8 @@ class Components:
 
     device: torch.device
     precision: Precision
-    tokenizer: PreTrainedTokenizerFast
-    model: PreTrainedModel
     plan: MemoryPlan
-    train_loader: GlobalBatchLoader
-    eval_loader: EvalLoader | None
+    task: TaskParts
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]
     max_steps: int
@@ -65,6 +60,26 @@ class Components:
     kv_cache: KVCachePolicy
     fallbacks: Fallbacks
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is trained."""
+        return self.task.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The model's tokenizer; None for a task without text."""
+        return self.task.tokenizer
+
+    @property
+    def train_loader(self) -> TrainLoader:
+        """Global batches of every step."""
+        return self.task.train_loader
+
+    @property
+    def eval_loader(self) -> EvalLoader | None:
+        """Validation batches; None when nothing is held out."""
+        return self.task.eval_loader
+
 
 @dataclass(frozen=True)
 class EvaluationComponents:
@@ -72,6 +87,7 @@ class EvaluationComponents:
 
     eval_loader: EvalLoader
     metrics: list[Metric]
+    objective: Objective
     precision: Precision
 
 
@@ -87,59 +103,59 @@ def build_components(config: Config) -> Components:
     device = choose_device(config.hardware.device)
     configure_backends(device, config.training.allow_tf32, config.hardware.deterministic)
     precision = choose_precision(config.training.mixed_precision, device, fallbacks)
-    architecture = load_architecture(config.model.name_or_path, config.model.config, config.model.trust_remote_code)
-    check_context(architecture, config.data.max_seq_len)
-    attention = _install_attention(config, architecture)
     callbacks = _build_callbacks(config, fallbacks)
     plan = _build_plan(config)
-
-    data = build_split(config)
-    tokenizer = build_tokenizer(config, data.split.train)
-    model = _build_model(config, architecture, attention, tokenizer).to(device)
-    if plan.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    train_loader = build_train_loader(config, data, tokenizer, plan, device, fallbacks)
-    max_steps = config.training.max_steps or config.training.epochs * train_loader.steps_per_epoch
-    _compile(config, model, plan, precision, data.fixed_shapes, max_steps, fallbacks)
+    build_task = build_image_task if config.model.task == IMAGES else build_text_task
+    task = build_task(config, plan, device, fallbacks)
+    max_steps = _max_steps(config, task)
+    _compile(config, task, plan, precision, max_steps, fallbacks)
     return Components(
         device=device,
         precision=precision,
-        tokenizer=tokenizer,
-        model=model,
         plan=plan,
-        train_loader=train_loader,
-        eval_loader=build_eval_loader(config, data, tokenizer, device, fallbacks),
-        optimizer=_build_optimizer(config, model),
+        task=task,
+        optimizer=_build_optimizer(config, task.model),
         schedule=_build_schedule(config, max_steps),
         max_steps=max_steps,
-        metrics=_build_metrics(config, tokenizer),
+        metrics=_build_metrics(config, task.tokenizer),
         callbacks=callbacks,
         kv_cache=_build_kv_cache(config),
         fallbacks=fallbacks,
     )
 
 
-def build_evaluation(config: Config, tokenizer: PreTrainedTokenizerFast) -> EvaluationComponents:
-    """The validation split of `config`, tokenised with `tokenizer`, and its metrics.
+def build_evaluation(config: Config, loaded: LoadedModel) -> EvaluationComponents:
+    """The validation split of `config` as `loaded` reads it, and its metrics.
 
     Raises:
+        ConfigError: the configuration is for another task than the model's.
         DataError: the data cannot be read, or nothing is held out for validation.
     """
     fallbacks = Fallbacks(config.strict)
     device = choose_device(config.hardware.device)
     configure_backends(device, config.training.allow_tf32, config.hardware.deterministic)
-    loader = build_eval_loader(config, build_split(config), tokenizer, device, fallbacks)
+    if (config.model.task == IMAGES) != (loaded.tokenizer is None):
+        message = f"{config.model.task}, and the model is a {type(loaded.model).__name__}"
+        raise ConfigError([Problem(key="model.task", message=message, suggestion="name its own data with --config")])
+    if loaded.tokenizer is None:
+        data = build_image_data(config, list(loaded.model.config.id2label.values()))
+        pixels = pixel_format_of(loaded.model.config, str(loaded.folder))
+        loader = build_image_eval_loader(config, data, pixels, device, fallbacks)
+    else:
+        loader = build_eval_loader(config, build_text_data(config), loaded.tokenizer, False, device, fallbacks)
     if loader is None:
         raise DataError("nothing to evaluate: set data.validation_fraction above 0, or data.validation_path")
     precision = choose_precision(config.training.mixed_precision, device, fallbacks)
-    return EvaluationComponents(loader, _build_metrics(config, tokenizer), precision)
+    objective = image_classification_loss if loaded.tokenizer is None else causal_lm_loss
+    return EvaluationComponents(loader, _build_metrics(config, loaded.tokenizer), objective, precision)
 
 
-def _install_attention(config: Config, architecture: PreTrainedConfig) -> str:
-    backend = config.model.attention
-    function = ATTENTION_BACKENDS.build(backend.backend, backend.model_extra)
-    check_attention(backend.backend, function, architecture, config.data.max_seq_len)
-    return install_attention(backend.backend, function)
+def _max_steps(config: Config, task: TaskParts) -> int:
+    """`training.max_steps`, or the epochs' worth of them, which a stream does not know (validation asked for it)."""
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    assert task.train_loader.steps_per_epoch is not None
+    return config.training.epochs * task.train_loader.steps_per_epoch
 
 
 def _build_plan(config: Config) -> MemoryPlan:
@@ -147,7 +163,7 @@ def _build_plan(config: Config) -> MemoryPlan:
     plan: MemoryPlan = MEMORY_POLICIES.build(
         memory.policy,
         memory.model_extra,
-        train_batch_size=training.train_batch_size,
+        train_batch_size=rows_per_micro_batch(config),
         grad_accum_steps=training.grad_accum_steps,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
@@ -173,42 +189,21 @@ def _build_callbacks(config: Config, fallbacks: Fallbacks) -> list[tuple[str, ob
     return [(name, CALLBACKS.build(name, options)) for name, options in wanted.items()]
 
 
-def _build_model(
-    config: Config, architecture: PreTrainedConfig, attention: str, tokenizer: PreTrainedTokenizerFast
-) -> PreTrainedModel:
-    wanted = config.model
-    if wanted.name_or_path is not None and wanted.init != "scratch":
-        check_vocabulary(architecture.vocab_size, len(tokenizer))
-        model = load_causal_lm(wanted.name_or_path, architecture, attention, wanted.trust_remote_code)
-    else:
-        fit_vocabulary(architecture, tokenizer, wanted.config.get("vocab_size"))
-        model = build_causal_lm(architecture, attention, config.seed)
-    set_generation_defaults(model, tokenizer)
-    return model
-
-
 def _compile(
-    config: Config,
-    model: PreTrainedModel,
-    plan: MemoryPlan,
-    precision: Precision,
-    fixed_shapes: bool,
-    max_steps: int,
-    fallbacks: Fallbacks,
+    config: Config, task: TaskParts, plan: MemoryPlan, precision: Precision, max_steps: int, fallbacks: Fallbacks
 ) -> None:
-    training, length = config.training, config.data.max_seq_len
-    total_tokens = max_steps * plan.micro_batch_size * plan.grad_accum_steps * length
-    if not compile_pays(training.torch_compile, model.device, total_tokens):
+    training, model = config.training, task.model
+    if not compile_pays(training.torch_compile, model.device, max_steps * task.tokens_per_step):
         return
 
     def probe() -> None:
-        ids = torch.zeros(plan.micro_batch_size, length, dtype=torch.long, device=model.device)
+        batch = {key: tensor.to(model.device) for key, tensor in task.example.items()}
         with torch.random.fork_rng(), precision.autocast():
-            loss, _ = causal_lm_loss(model.train(), {"input_ids": ids, "labels": ids})
+            loss, _ = task.objective(model.train(), batch)
         loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
-    compile_layers(model, training.compile_mode, fixed_shapes, probe, fallbacks)
+    compile_layers(model, training.compile_mode, task.fixed_shapes, probe, fallbacks)
 
 
 def _build_optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:
@@ -236,7 +231,7 @@ def _build_schedule(config: Config, max_steps: int) -> Callable[[int], float]:
     return schedule
 
 
-def _build_metrics(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[Metric]:
+def _build_metrics(config: Config, tokenizer: PreTrainedTokenizerFast | None) -> list[Metric]:
     """The metrics of `eval.metrics`; `loss` is always among them."""
     names = {component.type: component.options for component in config.eval.metrics}
     return [METRICS.build(name, options, tokenizer=tokenizer) for name, options in {"loss": {}, **names}.items()]

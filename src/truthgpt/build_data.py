@@ -1,61 +1,278 @@
-"""The data half of build: source, split, tokenizer, token caches and loaders from a Config."""
+"""The data of a language model: sources, split, tokenizer, token caches and loaders from a Config."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from truthgpt.config.schema import Config, DataConfig
-from truthgpt.data.base import Collator, SampleDataset, Source
+from truthgpt.config.data_section import DataConfig, MixedSource
+from truthgpt.config.schema import Config
+from truthgpt.config.section import Component
+from truthgpt.data.base import (
+    BatchOrder,
+    Collator,
+    Document,
+    ImageFields,
+    Layout,
+    SampleDataset,
+    Source,
+    StreamSource,
+    TrainLoader,
+)
+from truthgpt.data.batch_order import BucketedOrder, MixedOrder, ShuffledOrder, SourceShare, sample_weights
+from truthgpt.data.chat import load_chat_template
 from truthgpt.data.loader import EvalLoader, GlobalBatchLoader, WorkerSettings
-from truthgpt.data.samples import BlockDataset, RowDataset
-from truthgpt.data.split import DocumentSet, Split, split_documents
-from truthgpt.data.token_store import default_cache_dir, tokenize_documents
+from truthgpt.data.packing import PackedDataset
+from truthgpt.data.rows import BadRowPolicy, RowFields
+from truthgpt.data.samples import BlockDataset, ConcatenatedDataset, RowDataset
+from truthgpt.data.split import DocumentSet, split_documents
+from truthgpt.data.stream import WeightedStream
+from truthgpt.data.stream_holdout import held_out, hold_out
+from truthgpt.data.stream_loader import StreamLoader
+from truthgpt.data.stream_samples import StreamSettings
+from truthgpt.data.token_store import TokenStore, default_cache_dir, tokenize_documents
+from truthgpt.data.tokenization import DocumentEncoder
+from truthgpt.errors import ConfigError, Problem
 from truthgpt.factories.collate import COLLATORS
 from truthgpt.factories.datasets import DATASETS
+from truthgpt.factories.registry import accepts
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.models.tokenizer import byte_tokenizer, load_tokenizer, saved_tokenizer, train_bpe_tokenizer
-from truthgpt.runtime.device import cap_workers
+from truthgpt.runtime.device import cap_workers, usable_cores
 from truthgpt.runtime.fallbacks import Fallbacks
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SplitData:
-    """The documents of a run, divided; `fixed_shapes` when every full batch has one shape."""
+TOKENIZER_DOCUMENTS = 10_000
+"""Documents of a stream that a new tokenizer is trained on."""
 
-    split: Split
-    layout: str
+
+@dataclass(frozen=True)
+class TextPart:
+    """One source, divided: what is trained on, what is held out, and how documents become samples."""
+
+    train: DocumentSet | WeightedStream
+    validation: DocumentSet | None
+    layout: Layout
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class TextData:
+    """The documents of a run, source by source."""
+
+    parts: tuple[TextPart, ...]
 
     @property
-    def fixed_shapes(self) -> bool:
-        """Blocks of one length, against rows padded to the longest of their batch."""
-        return self.layout == "stream"
+    def has_rows(self) -> bool:
+        """Whether any source gives rows, which differ in length, and not joined text."""
+        return any(part.layout == "rows" for part in self.parts)
+
+    def train_documents(self) -> Iterator[Document]:
+        """All training documents, source after source; of a stream the first 10,000."""
+        for part in self.parts:
+            if isinstance(part.train, WeightedStream):
+                yield from islice(training_documents(part.train), TOKENIZER_DOCUMENTS)
+            else:
+                yield from part.train
 
 
-def build_split(config: Config) -> SplitData:
-    """Read the source once and divide it into training and validation documents.
+def build_text_data(config: Config) -> TextData:
+    """Divide every source into training and validation documents; read only those not known from an earlier start.
 
     Raises:
         DataError: files missing, empty or malformed.
     """
     data = config.data
-    source = _source(data, data.path)
-    validation = _source(data, data.validation_path) if data.validation_path else None
-    return SplitData(split_documents(source, data.validation_fraction, validation), source.layout)
+    make = _stream_part if data.streaming else _indexed_part
+    if not data.sources:
+        return TextData((make(data, "data.source", None),))
+    parts = (
+        make(_with_source(data, item), f"data.sources[{index}]", item.weight) for index, item in enumerate(data.sources)
+    )
+    return TextData(tuple(parts))
 
 
-def build_tokenizer(config: Config, documents: DocumentSet) -> PreTrainedTokenizerFast:
-    """The tokenizer of `model.tokenizer`; one that this run (or the one it resumes) saved before is used again.
+def build_tokenizer(config: Config, data: TextData) -> PreTrainedTokenizerFast:
+    """The tokenizer of `model.tokenizer`, with the chat template of `data.chat_template` if one is given.
+
+    One that this run (or the one it resumes) saved before is used again; a new `bpe` one is trained on the training
+    documents.
+    """
+    tokenizer = _tokenizer(config, data)
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = load_chat_template(config.data.chat_template)
+    return tokenizer
+
+
+def build_train_loader(
+    config: Config,
+    data: TextData,
+    tokenizer: PreTrainedTokenizerFast,
+    plan: MemoryPlan,
+    packed: bool,
+    device: torch.device,
+    fallbacks: Fallbacks,
+) -> TrainLoader:
+    """Global batches of the training documents, in an order that depends on the seed alone."""
+    collate = _collator(config.data, tokenizer, plan.micro_batch_size if packed else None)
+    workers, pin_memory = worker_settings(config.data, fallbacks), device.type == "cuda"
+    streams = [part.train for part in data.parts if isinstance(part.train, WeightedStream)]
+    if streams:
+        encoder = DocumentEncoder(tokenizer, len(tokenizer))
+        settings = _stream_settings(config, tokenizer, plan, packed)
+        return StreamLoader(streams, encoder, collate, settings, config.seed, workers, pin_memory)
+    documents = [(part.train, part.layout) for part in data.parts if isinstance(part.train, DocumentSet)]
+    tokenized = [_tokenized(config, train, layout, tokenizer, packed) for train, layout in documents]
+    order = _order(config, tokenized, [part.weight for part in data.parts], plan)
+    return GlobalBatchLoader(_joined([part.dataset for part in tokenized]), collate, order, workers, pin_memory)
+
+
+def build_eval_loader(
+    config: Config,
+    data: TextData,
+    tokenizer: PreTrainedTokenizerFast,
+    packed: bool,
+    device: torch.device,
+    fallbacks: Fallbacks,
+) -> EvalLoader | None:
+    """Batches of the validation documents of all sources; None when nothing is held out."""
+    datasets = [
+        _tokenized(config, part.validation, part.layout, tokenizer, packed).dataset
+        for part in data.parts
+        if part.validation is not None
+    ]
+    if not datasets:
+        return None
+    batch_size = config.training.eval_batch_size
+    return EvalLoader(
+        _joined(datasets),
+        _collator(config.data, tokenizer, batch_size if packed else None),
+        batch_size=batch_size,
+        workers=worker_settings(config.data, fallbacks),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def rows_per_micro_batch(config: Config) -> int:
+    """Rows of `max_seq_len` tokens a micro-batch holds: `train_batch_size`, or as many as `data.max_tokens` allows."""
+    budget = config.data.max_tokens
+    return config.training.train_batch_size if budget is None else max(1, budget // config.data.max_seq_len)
+
+
+def bucket_bins(data: DataConfig) -> list[int] | None:
+    """Lengths that batches are padded to, `max_seq_len` the last of them; None without bucketing."""
+    if not data.bucket_by_length:
+        return None
+    return [*sorted(size for size in set(data.bucket_bins) if size < data.max_seq_len), data.max_seq_len]
+
+
+def can_pack(data: DataConfig) -> bool:
+    """Whether the collator takes packed rows."""
+    return accepts(COLLATORS.entry(data.collate.type).build, "packed_rows")
+
+
+def token_store(documents: DocumentSet, tokenizer: PreTrainedTokenizerFast) -> TokenStore:
+    """The tokens of `documents`, from the cache or made now on all cores."""
+    encoder = DocumentEncoder(tokenizer, len(tokenizer))
+    return tokenize_documents(documents, encoder, default_cache_dir(), processes=usable_cores())
+
+
+def row_dataset(data: DataConfig, store: TokenStore, layout: Layout, documents: DocumentSet) -> RowDataset:
+    """Every document a sample; of text that is else joined, a document too long for a row goes on in the next one."""
+    return RowDataset(store, data.max_seq_len, "split" if layout == "stream" else data.overlong, documents)
+
+
+def packed_dataset(config: Config, rows: RowDataset, tokenizer: PreTrainedTokenizerFast) -> PackedDataset:
+    """Rows of `max_seq_len` tokens, each filled with several samples."""
+    return PackedDataset(rows, config.data.max_seq_len, int(tokenizer.pad_token_id), config.seed)
+
+
+def build_source(
+    data: DataConfig, split: str | None, images: ImageFields | None = None, classes: Sequence[str] | None = None
+) -> Any:
+    """The source of `data`, a `Source` or, with `images`, an `ImageSource`.
 
     Args:
-        documents: the training split, which a `bpe` tokenizer is trained on.
+        split: split of the dataset, for sources that have splits.
+        classes: names of the classes where they are set already.
     """
+    rows = RowFields(
+        data.format, data.text_field, data.prompt_field, data.completion_field, data.messages_field, data.train_on
+    )
+    return DATASETS.build(
+        data.source.type,
+        data.source.options,
+        **{key: getattr(data, key) for key in DATASETS.runtime if key in DataConfig.model_fields and key != "split"},
+        split=split,
+        rows=rows,
+        bad_rows=BadRowPolicy(data.on_bad_row, data.max_bad_fraction),
+        images=images,
+        classes=classes,
+    )
+
+
+def validation_source(
+    data: DataConfig, images: ImageFields | None = None, classes: Sequence[str] | None = None
+) -> Any | None:
+    """The source of the validation documents or images where `data` names one, else None."""
+    if data.validation_path is not None:
+        data = data.model_copy(update={"path": data.validation_path})
+        return build_source(data, data.split, images, classes)
+    return None if data.validation_split is None else build_source(data, data.validation_split, images, classes)
+
+
+def worker_settings(data: DataConfig, fallbacks: Fallbacks) -> WorkerSettings:
+    """Loader processes as `data` asks for them, capped at the cores there are."""
+    return WorkerSettings(cap_workers(data.num_workers, fallbacks), data.prefetch_factor, data.persistent_workers)
+
+
+def _with_source(data: DataConfig, item: MixedSource) -> DataConfig:
+    """`data` as one source of the mixture sees it."""
+    own = {key: getattr(item, key) for key in MixedSource.model_fields if key in DataConfig.model_fields}
+    given = {key: value for key, value in own.items() if value is not None}
+    return data.model_copy(update={**given, "source": Component(type=item.source, **(item.model_extra or {}))})
+
+
+def _indexed_part(data: DataConfig, name: str, weight: float | None) -> TextPart:
+    source: Source = build_source(data, data.split)
+    split = split_documents(source, data.validation_fraction, validation_source(data), default_cache_dir())
+    return TextPart(split.train, split.validation, source.layout, weight)
+
+
+def _stream_part(data: DataConfig, name: str, weight: float | None) -> TextPart:
+    """A source that is read while training; its validation documents are read, and kept, before."""
+    source = build_source(data, data.split)
+    if not isinstance(source, StreamSource):
+        message = f"true, and data source {data.source.type} cannot be read while training"
+        raise ConfigError([Problem(key="data.streaming", message=message, suggestion="set it to false")])
+    validation, fraction = validation_source(data), 0.0
+    if validation is None and data.validation_fraction > 0:
+        validation = hold_out(source, data.validation_fraction)
+        fraction = 0.0 if validation is None else data.validation_fraction
+    documents = None if validation is None else split_documents(validation, 0.0, None, default_cache_dir()).train
+    stream = WeightedStream(name, source, 1.0 if weight is None else weight, fraction)
+    return TextPart(stream, documents, source.layout, weight)
+
+
+def training_documents(stream: WeightedStream) -> Iterator[Document]:
+    """The documents of a stream in the source's own order, those held out for validation left out."""
+    for shard in range(len(stream.source.shards())):
+        for document, _ in stream.source.read(shard):
+            if not held_out(document.key, stream.held_out):
+                yield document
+
+
+def _tokenizer(config: Config, data: TextData) -> PreTrainedTokenizerFast:
     wanted, name = config.model.tokenizer, config.model.name_or_path
     if wanted.type == "path" and wanted.path is not None:
         return load_tokenizer(wanted.path, config.model.trust_remote_code)
@@ -67,86 +284,79 @@ def build_tokenizer(config: Config, documents: DocumentSet) -> PreTrainedTokeniz
         saved = saved_tokenizer(folder)
         if saved is not None:
             return saved
-    logger.info("training a BPE tokenizer of %d tokens on %d documents", wanted.vocab_size, len(documents))
-    return train_bpe_tokenizer((document.text for document in documents), wanted.vocab_size)
+    logger.info("training a BPE tokenizer of %d tokens on the training documents", wanted.vocab_size)
+    return train_bpe_tokenizer((document.text for document in data.train_documents()), wanted.vocab_size)
 
 
-def build_train_loader(
-    config: Config,
-    data: SplitData,
-    tokenizer: PreTrainedTokenizerFast,
-    plan: MemoryPlan,
-    device: torch.device,
-    fallbacks: Fallbacks,
-) -> GlobalBatchLoader:
-    """Global batches of the training split, in an order that depends on the seed alone."""
-    dataset = _dataset(config.data, data.split.train, data.layout, tokenizer)
-    return GlobalBatchLoader(
-        dataset,
-        _collator(config.data, tokenizer),
+@dataclass(frozen=True)
+class _Tokenized:
+    """The samples of a source, and the tokens they were cut from."""
+
+    dataset: BlockDataset | RowDataset | PackedDataset
+    store: TokenStore
+
+
+def _tokenized(
+    config: Config, documents: DocumentSet, layout: Layout, tokenizer: PreTrainedTokenizerFast, packed: bool
+) -> _Tokenized:
+    store = token_store(documents, tokenizer)
+    if layout == "stream" and not packed:
+        return _Tokenized(BlockDataset(store, config.data.max_seq_len), store)
+    rows = row_dataset(config.data, store, layout, documents)
+    if packed:
+        return _Tokenized(packed_dataset(config, rows, tokenizer), store)
+    return _Tokenized(rows, store)
+
+
+def _stream_settings(
+    config: Config, tokenizer: PreTrainedTokenizerFast, plan: MemoryPlan, packed: bool
+) -> StreamSettings:
+    data, bins = config.data, bucket_bins(config.data)
+    return StreamSettings(
+        max_seq_len=data.max_seq_len,
         micro_batch_size=plan.micro_batch_size,
         grad_accum_steps=plan.grad_accum_steps,
-        seed=config.seed,
-        workers=_workers(config.data, fallbacks),
-        pin_memory=device.type == "cuda",
+        shuffle_window=data.shuffle_window,
+        overlong=data.overlong,
+        packing=packed,
+        pad_token_id=int(tokenizer.pad_token_id),
+        bins=None if bins is None else tuple(bins),
+        max_tokens=data.max_tokens,
+        mix_by=data.mix_by,
     )
 
 
-def build_eval_loader(
-    config: Config,
-    data: SplitData,
-    tokenizer: PreTrainedTokenizerFast,
-    device: torch.device,
-    fallbacks: Fallbacks,
-) -> EvalLoader | None:
-    """Batches of the validation split; None when nothing is held out."""
-    if data.split.validation is None:
-        return None
-    return EvalLoader(
-        _dataset(config.data, data.split.validation, data.layout, tokenizer),
-        _collator(config.data, tokenizer),
-        batch_size=config.training.eval_batch_size,
-        workers=_workers(config.data, fallbacks),
-        pin_memory=device.type == "cuda",
-    )
+def _order(config: Config, tokenized: list[_Tokenized], weights: list[float | None], plan: MemoryPlan) -> BatchOrder:
+    sizes = (plan.micro_batch_size, plan.grad_accum_steps, config.seed)
+    bins = bucket_bins(config.data)
+    given = [weight for weight in weights if weight is not None]
+    if given:
+        samples = [len(part.dataset) for part in tokenized]
+        documents = [part.store.meta.documents for part in tokenized]
+        tokens = [part.store.meta.tokens for part in tokenized]
+        shares = sample_weights(given, config.data.mix_by, samples, documents, tokens)
+        return MixedOrder([SourceShare(n, share) for n, share in zip(samples, shares, strict=True)], *sizes)
+    if bins is not None:
+        lengths = [part.dataset.lengths for part in tokenized if not isinstance(part.dataset, PackedDataset)]
+        return BucketedOrder(np.concatenate(lengths), bins, *sizes, max_tokens=config.data.max_tokens)
+    return ShuffledOrder(sum(len(part.dataset) for part in tokenized), *sizes)
 
 
-def _source(data: DataConfig, path: list[str] | None) -> Source:
-    source: Source = DATASETS.build(
-        data.source.type,
-        data.source.options,
-        path=path,
-        dataset=data.dataset,
-        subset=data.subset,
-        format=data.format,
-        text_field=data.text_field,
-        prompt_field=data.prompt_field,
-        completion_field=data.completion_field,
-        train_on=data.train_on,
-        on_bad_row=data.on_bad_row,
-        max_bad_fraction=data.max_bad_fraction,
-    )
-    return source
+def _joined(datasets: list[Any]) -> SampleDataset:
+    joined: SampleDataset = datasets[0] if len(datasets) == 1 else ConcatenatedDataset(datasets)
+    return joined
 
 
-def _dataset(
-    data: DataConfig, documents: DocumentSet, layout: str, tokenizer: PreTrainedTokenizerFast
-) -> SampleDataset:
-    store = tokenize_documents(documents, tokenizer, len(tokenizer), default_cache_dir())
-    if layout == "stream":
-        return BlockDataset(store, data.max_seq_len)
-    return RowDataset(store, data.max_seq_len, data.overlong, documents)
-
-
-def _collator(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Collator:
+def _collator(data: DataConfig, tokenizer: PreTrainedTokenizerFast, packed_rows: int | None) -> Collator:
     collator: Collator = COLLATORS.build(
-        data.collate.type, data.collate.options, pad_token_id=tokenizer.pad_token_id, max_seq_len=data.max_seq_len
+        data.collate.type,
+        data.collate.options,
+        pad_token_id=tokenizer.pad_token_id,
+        max_seq_len=data.max_seq_len,
+        packed_rows=packed_rows,
+        bins=bucket_bins(data),
     )
     return collator
-
-
-def _workers(data: DataConfig, fallbacks: Fallbacks) -> WorkerSettings:
-    return WorkerSettings(cap_workers(data.num_workers, fallbacks), data.prefetch_factor, data.persistent_workers)
 
 
 def _tokenizer_folders(config: Config) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from truthgpt.attention.install import sdpa_attention_in
+from truthgpt.attention.install import transformers_attention_in
 from truthgpt.build import Components
 from truthgpt.callbacks.base import CallbackList, StateView
 from truthgpt.callbacks.run_status import RunStatusKeeper
@@ -14,10 +14,10 @@ from truthgpt.config.load import Origin, resolved_yaml
 from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import KeyPath
 from truthgpt.inference.generate import GenerationSettings, generate_texts
-from truthgpt.models.causal_lm import causal_lm_loss, count_parameters
+from truthgpt.models.causal_lm import count_parameters
 from truthgpt.runtime.device import describe_hardware
 from truthgpt.runtime.environment import describe_environment
-from truthgpt.runtime.flops import peak_flops, training_flops_per_token
+from truthgpt.runtime.flops import peak_flops
 from truthgpt.runtime.metrics_log import MetricsLog
 from truthgpt.runtime.run_directory import RunDirectory
 from truthgpt.runtime.seeds import derive_seed
@@ -84,8 +84,8 @@ def _build(
     artefacts = ModelArtefacts(
         run.model,
         components.model,
-        components.tokenizer,
-        ModelCard(config.run_name, config.data.source.type, config.eval.select_best_by, config.seed),
+        components.task.processor,
+        ModelCard(config.run_name, _data_names(config), config.eval.select_best_by, config.seed),
         safetensors=config.training.save_safetensors,
     )
     parts = TrainerParts(
@@ -95,7 +95,7 @@ def _build(
         checkpoints=store,
         callbacks=CallbackList([("status", RunStatusKeeper(run)), *components.callbacks, *last_callbacks]),
         metrics_log=MetricsLog(run.metrics),
-        meter=StepMeter(components.device, _speed(config, components)),
+        meter=StepMeter(components.device, _speed(components)),
         stop=stop or StopSignal(),
         sample=_sampler(config, components),
         export=_exporter(store, components, artefacts),
@@ -111,10 +111,15 @@ def _build(
     return trainer
 
 
+def _data_names(config: Config) -> str:
+    """The data sources, for the model card."""
+    return ", ".join(item.source for item in config.data.sources) or config.data.source.type
+
+
 def _engine(config: Config, components: Components) -> TrainEngine:
     return TrainEngine(
         components.model,
-        causal_lm_loss,
+        components.task.objective,
         components.optimizer,
         components.schedule,
         components.precision,
@@ -131,7 +136,7 @@ def _evaluator(config: Config, components: Components) -> Evaluator | None:
         components.eval_loader,
         components.metrics,
         config.eval.select_best_by,
-        causal_lm_loss,
+        components.task.objective,
         components.precision,
     )
 
@@ -149,9 +154,8 @@ def _settings(config: Config, components: Components) -> TrainerSettings:
     )
 
 
-def _speed(config: Config, components: Components) -> Speed:
-    flops = training_flops_per_token(components.model, config.data.max_seq_len)
-    return Speed(flops, peak_flops(components.device, components.precision.name))
+def _speed(components: Components) -> Speed:
+    return Speed(components.task.flops_per_token, peak_flops(components.device, components.precision.name))
 
 
 def _sampler(config: Config, components: Components) -> Callable[[], list[dict[str, str]]]:
@@ -163,9 +167,13 @@ def _sampler(config: Config, components: Components) -> Callable[[], list[dict[s
         use_cache=components.kv_cache.use_cache,
     )
 
+    tokenizer = components.tokenizer
+
     def sample() -> list[dict[str, str]]:
-        with sdpa_attention_in(components.model):
-            texts = generate_texts(components.model, components.tokenizer, generate.prompts, settings)
+        if tokenizer is None:
+            return []
+        with transformers_attention_in(components.model):
+            texts = generate_texts(components.model, tokenizer, generate.prompts, settings)
             return [{"prompt": text.prompt, "text": text.text} for text in texts]
 
     return sample
@@ -193,7 +201,6 @@ def _restore(config: Config, store: CheckpointStore, trainer: GenericTrainer) ->
 
 def _facts(config: Config, components: Components, run: RunDirectory) -> dict[str, Any]:
     total, trainable = count_parameters(components.model)
-    plan = components.plan
     return {
         "run_name": config.tracker_run_name,
         "project": config.logging.project,
@@ -204,6 +211,6 @@ def _facts(config: Config, components: Components, run: RunDirectory) -> dict[st
         "precision": components.precision.name,
         "parameters": total,
         "trainable_parameters": trainable,
-        "tokens_per_step": plan.micro_batch_size * plan.grad_accum_steps * config.data.max_seq_len,
+        "tokens_per_step": components.task.tokens_per_step,
         "config": config.model_dump(mode="json"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from truthgpt.attention.install import TRANSFORMERS_OWN
 from truthgpt.errors import CheckpointError
 from truthgpt.models.architecture import load_architecture
-from truthgpt.models.causal_lm import build_causal_lm, load_causal_lm, quiet_transformers
+from truthgpt.models.causal_lm import build_causal_lm, load_causal_lm, quiet_transformers, transformers_attention
+from truthgpt.models.image_classifier import IMAGE_CLASSIFIER, build_image_classifier, load_image_classifier
 from truthgpt.models.tokenizer import load_tokenizer
 from truthgpt.trainers.artefacts import load_exported_weights
 from truthgpt.trainers.checkpoint import load_checkpoint
@@ -23,10 +26,14 @@ _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_m
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to use. `run_directory` is None for a folder that is no run."""
+    """A model ready to use, whose configuration and tokenizer are in `folder`.
+
+    `tokenizer` is None for an image classifier, `run_directory` for a folder that is no run.
+    """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast | None
+    folder: Path
     run_directory: Path | None
 
 
@@ -61,10 +68,14 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _from_folder(folder: Path, run_directory: Path | None, device: torch.device) -> LoadedModel:
-    architecture = load_architecture(str(folder), {}, trust_remote_code=False)
-    model = load_causal_lm(str(folder), architecture, "sdpa", trust_remote_code=False)
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=False)
-    return LoadedModel(model.to(device).eval(), tokenizer, run_directory)
+    if _is_image_classifier(folder):
+        architecture = load_architecture(str(folder), {}, trust_remote_code=False, kind=IMAGE_CLASSIFIER)
+        model = load_image_classifier(str(folder), architecture, TRANSFORMERS_OWN, seed=0, trust_remote_code=False)
+    else:
+        architecture = load_architecture(str(folder), {}, trust_remote_code=False)
+        attention = transformers_attention(architecture)
+        model = load_causal_lm(str(folder), architecture, attention, trust_remote_code=False)
+    return _loaded(model, folder, run_directory, device)
 
 
 def _from_checkpoint(checkpoint: Path, device: torch.device) -> LoadedModel:
@@ -76,7 +87,25 @@ def _from_checkpoint(checkpoint: Path, device: torch.device) -> LoadedModel:
             f"(keep a checkpoint in the checkpoints/ folder of its run)"
         )
     payload = load_checkpoint(checkpoint)
-    model = build_causal_lm(load_architecture(str(folder), {}, trust_remote_code=False), "sdpa", seed=0)
+    if _is_image_classifier(folder):
+        architecture = load_architecture(str(folder), {}, trust_remote_code=False, kind=IMAGE_CLASSIFIER)
+        model = build_image_classifier(architecture, TRANSFORMERS_OWN, seed=0)
+    else:
+        architecture = load_architecture(str(folder), {}, trust_remote_code=False)
+        model = build_causal_lm(architecture, transformers_attention(architecture), seed=0)
     load_exported_weights(model, payload)
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=False)
-    return LoadedModel(model.to(device).eval(), tokenizer, run_directory)
+    return _loaded(model, folder, run_directory, device)
+
+
+def _is_image_classifier(folder: Path) -> bool:
+    """Whether the model in `folder` says that it is one; one that cannot be read is a question for its loader."""
+    try:
+        names = json.loads((folder / "config.json").read_bytes()).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return False
+    return any(str(name).endswith("ForImageClassification") for name in names)
+
+
+def _loaded(model: PreTrainedModel, folder: Path, run_directory: Path | None, device: torch.device) -> LoadedModel:
+    tokenizer = None if _is_image_classifier(folder) else load_tokenizer(str(folder), trust_remote_code=False)
+    return LoadedModel(model.to(device).eval(), tokenizer, folder, run_directory)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,16 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from truthgpt.config.data_section import MixedSource
 from truthgpt.config.load import RawConfig, load_raw, redact_secrets, shown
 from truthgpt.config.load import resolved_yaml as resolved_yaml
-from truthgpt.config.schema import ALIASES, COMPONENT_SLOTS, FOREIGN_NAMES, LIST_SLOTS, Config, DataConfig
+from truthgpt.config.names import ALIASES, COMPONENT_SLOTS, FOREIGN_NAMES, LIST_SLOTS
+from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import KeyPath, boolean_hint, dotted, writing_hint
+from truthgpt.config_rules import Broken, broken_rules
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.factories.catalog import REGISTRIES
-from truthgpt.factories.datasets import DATASETS
-from truthgpt.factories.registry import Entry, Registry, accepts
+from truthgpt.factories.registry import Registry
 
 MAX_REPORTED = 200
 """Mistakes explained one by one; a file with more is no configuration."""
@@ -74,24 +74,11 @@ def validate_config(raw: RawConfig | Mapping[str, Any], loaded_plugins: frozense
     data = copy.deepcopy(raw.data)
     _resolve_components(data, findings)
     config = _check_schema(data, findings)
-    for rule in (_model_rules, _data_rules, _evaluation_rules):
-        for broken in rule(config):
-            findings.add_rule(broken)
-    for broken in _plugin_rules(config, loaded_plugins):
+    for broken in broken_rules(config, loaded_plugins):
         findings.add_rule(broken)
     if findings.problems:
         raise ConfigError(sorted(findings.problems, key=lambda p: (p.file or "", p.line or 0)))
     return config
-
-
-@dataclass(frozen=True)
-class _Broken:
-    """A rule between keys that is broken. `depends` are the other keys the verdict rests on."""
-
-    path: KeyPath
-    message: str
-    suggestion: str | None = None
-    depends: tuple[KeyPath, ...] = ()
 
 
 class _Findings:
@@ -101,6 +88,7 @@ class _Findings:
         self.raw = raw
         self.problems: list[Problem] = list(raw.problems)
         self._doubtful: list[KeyPath] = []
+        self._ruled: set[KeyPath] = set()
 
     def add(self, path: KeyPath, message: str, suggestion: str | None = None, meant: str | None = None) -> None:
         """Report a problem at `path`; `meant` is the dotted key that was probably meant."""
@@ -109,8 +97,11 @@ class _Findings:
         if meant is not None:
             self._doubtful.append(tuple(meant.split(".")))
 
-    def add_rule(self, broken: _Broken) -> None:
-        """Report a broken rule, unless a mistake reported already may be its cause."""
+    def add_rule(self, broken: Broken) -> None:
+        """Report a broken rule, unless a mistake reported already may be its cause, or is about the same key."""
+        if broken.path in self._ruled:
+            return
+        self._ruled.add(broken.path)
         for path in (broken.path, *broken.depends):
             if any(_overlap(path, doubtful) for doubtful in self._doubtful):
                 return
@@ -140,8 +131,9 @@ def _resolve_components(data: dict[str, Any], findings: _Findings) -> None:
         value = parent.setdefault(slot[-1], default[slot[-1]])
         if slot in LIST_SLOTS and isinstance(value, list):
             items = [{key: item} if isinstance(item, str) else item for item in value]
+            fields = tuple(MixedSource.model_fields) if slot == ("data", "sources") else (key,)
             parent[slot[-1]] = [
-                _resolve(item, (*slot, index), registry, key, (key,), findings) for index, item in enumerate(items)
+                _resolve(item, (*slot, index), registry, key, fields, findings) for index, item in enumerate(items)
             ]
         elif slot not in LIST_SLOTS:
             own = _section_at(slot).model_fields
@@ -306,153 +298,3 @@ def _nearest(name: str, parent: KeyPath, allowed: list[str]) -> tuple[str | None
     for choice in difflib.get_close_matches(name, keys, n=1, cutoff=0.8):
         return keys[choice][0], f"did you mean {' or '.join(keys[choice][:2])}?"
     return None, None
-
-
-# --- rules between keys ----------------------------------------------------------------------------------------------
-
-_LATER = "is not in this version"
-
-
-def _model_rules(config: Config) -> Iterator[_Broken]:
-    model = config.model
-    name, init, model_type = ("model", "name_or_path"), ("model", "init"), ("model", "config", "model_type")
-    if model.name_or_path is None and model.init == "pretrained":
-        yield _Broken(name, "missing; init: pretrained needs it", "give a Hub id or a local folder", (init,))
-    elif model.name_or_path is None and "model_type" not in model.config:
-        fix = "set it, or model.name_or_path, or `extends: llm_default`"
-        yield _Broken(model_type, "missing; a model from scratch needs it", fix, (init, name, ("extends",)))
-    elif "model_type" in model.config and not isinstance(model.config["model_type"], str):
-        found = shown(model.config["model_type"])
-        yield _Broken(model_type, f"must be the name of a transformers model type; found {found}")
-    tokenizer = model.tokenizer
-    kind = ("model", "tokenizer", "type")
-    for key, owner in (("vocab_size", "bpe"), ("path", "path")):
-        value = getattr(tokenizer, key)
-        if value is None and tokenizer.type == owner:
-            yield _Broken(("model", "tokenizer", key), f"missing; type: {owner} needs it", None, (kind,))
-        elif value is not None and tokenizer.type != owner:
-            message = f"is for type: {owner} only; the type is {tokenizer.type}"
-            yield _Broken(("model", "tokenizer", key), message, f"leave it out, or set type: {owner}", (kind,))
-    if model.kv_cache.type == "none" and model.kv_cache.block_size != type(model.kv_cache)().block_size:
-        message = "is not read by kv_cache.type: none"
-        yield _Broken(("model", "kv_cache", "block_size"), message, "leave it out", (("model", "kv_cache", "type"),))
-    if model.lora.enabled:
-        yield _Broken(("model", "lora", "enabled"), f"true {_LATER}", "set it to false: all weights are trained")
-
-
-def _data_rules(config: Config) -> Iterator[_Broken]:
-    data = config.data
-    for key in ("streaming", "bucket_by_length"):
-        if getattr(data, key):
-            yield _Broken(("data", key), f"true {_LATER}", "set it to false")
-    source = ("data", "source")
-    if data.source.type in DATASETS:
-        entry = DATASETS.entry(data.source.type)
-        for key in DATASETS.runtime:
-            value = getattr(data, key)
-            if accepts(entry.build, key):
-                if value is None and _required(entry.build, key):
-                    message = f"missing; data source {entry.name} needs it"
-                    yield _Broken(("data", key), message, None, (source,))
-            elif value != DataConfig.model_fields[key].default:
-                readers = [other.name for other in DATASETS if accepts(other.build, key)]
-                fix = f"leave it out, or set data.source to {' or '.join(readers)}" if readers else "leave it out"
-                yield _Broken(("data", key), f"is not read by data source {entry.name}", fix, (source,))
-    if data.train_on == "completion" and data.format != "prompt_completion":
-        message = f"completion needs format: prompt_completion; the format is {data.format}"
-        yield _Broken(("data", "train_on"), message, "set data.format: prompt_completion", (("data", "format"),))
-
-
-def _required(builder: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(builder).parameters
-    return name in parameters and parameters[name].default is inspect.Parameter.empty
-
-
-def _evaluation_rules(config: Config) -> Iterator[_Broken]:
-    names = ["loss", *(metric.type for metric in config.eval.metrics if metric.type != "loss")]
-    chosen = config.eval.select_best_by
-    if chosen not in names:
-        message = f"must be loss or one of eval.metrics ({', '.join(names)}); found {shown(chosen)}"
-        near = difflib.get_close_matches(chosen, names, n=1)
-        fix = f"did you mean {near[0]}?" if near else "add it to eval.metrics, or choose another"
-        yield _Broken(("eval", "select_best_by"), message, fix, (("eval", "metrics"),))
-
-
-def _plugin_rules(config: Config, loaded: frozenset[str]) -> Iterator[_Broken]:
-    for index, name in enumerate(config.plugins):
-        if name not in loaded:
-            fix = "--allow-plugins imports what a YAML lists, which runs its code"
-            yield _Broken(("plugins", index), f"needs the module {shown(name)}, which is not loaded", fix)
-
-
-# --- what the whole contract looks like ------------------------------------------------------------------------------
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of a YAML file, with the options of every registered component inside its slot."""
-    from pydantic.json_schema import models_json_schema  # 30 ms that validation need not pay
-
-    entries = {name: list(registry) for name, registry in REGISTRIES.items()}
-    models = {Config} | {entry.options for group in entries.values() for entry in group}
-    ordered = sorted(models, key=lambda model: (model.__module__, model.__qualname__))
-    references, document = models_json_schema([(model, "validation") for model in ordered])
-    definitions: dict[str, Any] = document["$defs"]
-    named = {model: definitions[references[model, "validation"]["$ref"].rsplit("/", 1)[-1]] for model in ordered}
-    root = named[Config]
-    for slot, (registry_name, key) in COMPONENT_SLOTS.items():
-        section = root
-        for part in slot[:-1]:
-            section = _followed(section["properties"][part], definitions)
-        _fill_slot(
-            section["properties"], slot, key, [(e, named[e.options]) for e in entries[registry_name]], definitions
-        )
-    for alias, target in ALIASES.items():
-        group, old = alias.split(".")
-        keys = _followed(root["properties"][group], definitions)["properties"]
-        keys[old] = {**keys[target.split(".")[1]], "description": f"Second name of `{target}`."}
-    extends = "YAML file (relative to this one) or preset whose values this file changes."
-    root["properties"]["extends"] = {"type": "string", "description": extends}
-    dialect = "https://json-schema.org/draft/2020-12/schema"
-    return {"$schema": dialect, **root, "title": "TruthGPT configuration", "$defs": definitions}
-
-
-def _followed(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """The definition a property refers to."""
-    definition: dict[str, Any] = definitions[schema["$ref"].rsplit("/", 1)[-1]]
-    return definition
-
-
-def _fill_slot(
-    properties: dict[str, Any],
-    slot: tuple[str, ...],
-    key: str,
-    entries: list[tuple[Entry, dict[str, Any]]],
-    definitions: dict[str, Any],
-) -> None:
-    """Replace the free options of a slot by those of the registered components."""
-    free = properties[slot[-1]]
-    own: dict[str, Any] = {}
-    default = None
-    if slot not in LIST_SLOTS:
-        own = dict(_followed(free, definitions)["properties"])
-        del own[key]
-        default = free["default"][key]
-    choices: list[dict[str, Any]] = [] if slot[0] == "model" else [{"enum": [entry.name for entry, _ in entries]}]
-    for entry, options in entries:
-        needed = options.get("required") or []
-        choices.append(
-            {
-                "type": "object",
-                "description": entry.summary,
-                "properties": {
-                    key: {"const": entry.name},
-                    **own,
-                    **(options.get("properties") or {}),
-                },
-                "required": [*needed] if entry.name == default else [key, *needed],
-                "additionalProperties": False,
-            }
-        )
-    rest = {k: v for k, v in free.items() if k in ("default", "description")}
-    items = {"anyOf": choices}
-    properties[slot[-1]] = {**rest, "type": "array", "items": items} if slot in LIST_SLOTS else {**rest, **items}

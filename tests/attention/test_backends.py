@@ -99,8 +99,8 @@ def test_own_backend_is_really_called_and_without_a_mask() -> None:
     assert masks == [None, None], "two layers, dense causal rows"
 
 
-def test_sdpa_keeps_its_own_name() -> None:
-    assert install_attention("sdpa", sdpa_attention) == "sdpa"
+def test_every_backend_has_a_name_of_its_own() -> None:
+    assert install_attention("sdpa", sdpa_attention) == "truthgpt_sdpa"
     assert install_attention("mine", reference_attention) == "truthgpt_mine"
 
 

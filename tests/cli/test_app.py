@@ -35,7 +35,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
     def fail() -> None:
         raise errors[0]
 
-    monkeypatch.setattr("truthgpt.validate_config.json_schema", fail)
+    monkeypatch.setattr("truthgpt.json_schema.json_schema", fail)
     return errors
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from truthgpt.data.base import Document, Segment
 from truthgpt.data.split import DocumentSet, split_documents
 from truthgpt.data.token_store import TokenStore, tokenize_documents
+from truthgpt.data.tokenization import DocumentEncoder
 
 END = "<|endoftext|>"
 BEGIN = "<|begin|>"
@@ -43,6 +44,13 @@ def byte_tokenizer(
         names = [(token, backend.token_to_id(token)) for token in (END, BEGIN)]
         backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=names)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, bos_token=BEGIN if begin else None)
+
+
+def byte_encoder(
+    vocab_size: int = 258, *, begin: bool = False, close: bool = False, merges: tuple[str, ...] = ()
+) -> DocumentEncoder:
+    """An encoder over `byte_tokenizer`."""
+    return DocumentEncoder(byte_tokenizer(begin=begin, close=close, merges=merges), vocab_size)
 
 
 class ListSource:
@@ -78,6 +86,6 @@ def make_store(tmp_path: Path) -> MakeStore:
     """Tokenised documents in a cache of the test's own; one token a byte, 258 ids."""
 
     def make(documents: list[Document]) -> TokenStore:
-        return tokenize_documents(all_of(documents), byte_tokenizer(), 258, tmp_path / "cache")
+        return tokenize_documents(all_of(documents), byte_encoder(), tmp_path / "cache")
 
     return make

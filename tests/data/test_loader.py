@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import multiprocessing
 import os
 import signal
@@ -18,9 +19,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truthgpt.data.base import Batch, GlobalBatch, Sample
+from truthgpt.data import loader_processes
+from truthgpt.data.base import Batch, BatchOrder, GlobalBatch, Sample
+from truthgpt.data.batch_order import BucketedOrder, MixedOrder, ShuffledOrder, SourceShare
 from truthgpt.data.collate import LMCollator
-from truthgpt.data.loader import EvalLoader, GlobalBatchLoader, WorkerSettings
+from truthgpt.data.loader import EvalLoader, GlobalBatchLoader, WorkerSettings, supervised_tokens
 from truthgpt.errors import DataError
 
 
@@ -34,7 +37,7 @@ class Counting:
     def __len__(self) -> int:
         return self.samples
 
-    def __getitem__(self, index: int) -> Sample:
+    def read(self, index: int, epoch: int = 0) -> Sample:
         values = np.full(1 + index % 4, index, dtype=np.int64)
         return {"input_ids": values, "labels": values}
 
@@ -42,14 +45,14 @@ class Counting:
 def loader(
     samples: int = 23, micro: int = 2, accum: int = 3, seed: int = 1, workers: int = 0, dataset: Counting | None = None
 ) -> GlobalBatchLoader:
-    return GlobalBatchLoader(
-        dataset or Counting(samples),
-        LMCollator(0),
-        micro_batch_size=micro,
-        grad_accum_steps=accum,
-        seed=seed,
-        workers=WorkerSettings(num_workers=workers),
-    )
+    data = dataset or Counting(samples)
+    order = ShuffledOrder(len(data), micro, accum, seed)
+    return GlobalBatchLoader(data, LMCollator(0), order, WorkerSettings(num_workers=workers))
+
+
+def epoch_steps(source: GlobalBatchLoader) -> int:
+    assert source.steps_per_epoch is not None
+    return source.steps_per_epoch
 
 
 def take(source: GlobalBatchLoader, start_step: int, count: int) -> list[GlobalBatch]:
@@ -73,7 +76,7 @@ def samples_of(batch: GlobalBatch) -> list[int]:
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**40))
 def test_an_epoch_holds_every_sample_once(samples: int, micro: int, accum: int, seed: int) -> None:
     source = loader(samples, micro, accum, seed)
-    steps = source.steps_per_epoch
+    steps = epoch_steps(source)
     assert steps == -(-samples // (micro * accum))
     batches = take(source, 0, 2 * steps)
     for epoch in (0, 1):
@@ -114,7 +117,7 @@ def test_splitting_a_batch_differently_keeps_its_samples() -> None:
 
 
 def test_seeds_and_epochs_have_their_own_orders() -> None:
-    steps = loader(40).steps_per_epoch
+    steps = epoch_steps(loader(40))
     orders = []
     for seed in (1, 2):
         batches = take(loader(40, seed=seed), 0, 2 * steps)
@@ -151,10 +154,10 @@ class Broken(Counting):
         super().__init__(23)
         self.failure = failure
 
-    def __getitem__(self, index: int) -> Sample:
+    def read(self, index: int, epoch: int = 0) -> Sample:
         if index == 7:
             self.failure()
-        return super().__getitem__(index)
+        return super().read(index, epoch)
 
 
 def fail_value() -> None:
@@ -261,26 +264,163 @@ def _exists(pid: int) -> bool:
         return file.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+def fail_hanging() -> None:
+    time.sleep(60)
+
+
+def test_process_that_hangs_is_named_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_processes, "LOADER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(loader_processes, "POLL_S", 0.2)
+    source = loader(dataset=Broken(fail_hanging), workers=2)
+    step = next(step for step in range(4) if 7 in source.sample_indices(step))
+    micro_batch = next(n for n in range(3) if 7 in source.sample_indices(step)[2 * n : 2 * n + 2]) + 3 * step
+    started = time.monotonic()
+    with pytest.raises(DataError, match=rf"process {micro_batch % 2} \(pid \d+\) gave no batch for 1 s: it hangs"):
+        take(source, 0, 4)
+    assert 1 <= time.monotonic() - started < 10
+    assert no_child_left()
+
+
+class Slow(Counting):
+    """Every sample takes longer than the loader waits at once."""
+
+    def read(self, index: int, epoch: int = 0) -> Sample:
+        time.sleep(0.15)
+        return super().read(index, epoch)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_slow_processes_lose_nothing(monkeypatch: pytest.MonkeyPatch, persistent: bool) -> None:
+    monkeypatch.setattr(loader_processes, "POLL_S", 0.02)
+    source = EvalLoader(Slow(6), LMCollator(0), 2, WorkerSettings(2, 1, persistent))
+    next(iter(source))  # an unfinished pass before the whole ones
+    passes = [[batch["input_ids"][:, 0].tolist() for batch in source] for _ in range(2)]
+    assert passes == [[[0, 1], [2, 3], [4, 5]]] * 2
+    del source
+    assert no_child_left()
+
+
+def test_persistent_process_killed_between_evaluations() -> None:
+    source = EvalLoader(Counting(6), LMCollator(0), 2, WorkerSettings(1, 2, True))
+    list(source)
+    (child,) = multiprocessing.active_children()
+    os.kill(child.pid or 0, signal.SIGKILL)
+    child.join()
+    with pytest.raises(DataError, match=r"process 0 \(pid \d+\) was killed by signal 9"):
+        list(source)
+    del source
+    assert no_child_left()
+
+
 def test_empty_dataset() -> None:
     with pytest.raises(DataError, match="0 training samples"):
         loader(0)
 
 
+class Epochs(Counting):
+    """Sample i of epoch e holds i and e."""
+
+    def read(self, index: int, epoch: int = 0) -> Sample:
+        values = np.array([index, epoch], dtype=np.int64)
+        return {"input_ids": values, "labels": values}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_read_with_their_epoch(workers: int) -> None:
+    for batch in take(loader(dataset=Epochs(7), micro=2, accum=2, workers=workers), 1, 5):
+        for micro in batch.micro_batches:
+            assert micro["input_ids"][:, 1].tolist() == [batch.epoch] * len(micro["input_ids"])
+
+
+ORDERS = [
+    BucketedOrder(np.array([1 + index % 4 for index in range(23)]), [2, 4], 3, 2, 1),
+    BucketedOrder(np.array([1 + index % 4 for index in range(23)]), [2, 4], 3, 2, 1, max_tokens=8),
+    MixedOrder([SourceShare(3, 1.0), SourceShare(20, 2.0)], 2, 3, 1),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_every_order_is_kept(order: BatchOrder, workers: int) -> None:
+    collate = LMCollator(0, bins=[2, 4])
+    source = GlobalBatchLoader(Counting(23), collate, order, WorkerSettings(workers))
+    assert source.steps_per_epoch == order.steps_per_epoch
+    for step, batch in enumerate(take(source, 2, 6), start=2):
+        found = [micro["input_ids"][:, 0].tolist() for micro in batch.micro_batches]
+        assert found == order.micro_batches(step)
+        assert source.sample_indices(step) == samples_of(batch)
+        assert (batch.samples, batch.epoch) == (len(samples_of(batch)), step // order.steps_per_epoch)
+        assert batch.tokens == sum(1 + index % 4 for index in samples_of(batch))
+
+
+def test_bucketed_batches_have_few_shapes() -> None:
+    source = GlobalBatchLoader(Counting(23), LMCollator(0, bins=[2, 4]), ORDERS[0], WorkerSettings())
+    batches = take(source, 0, 2 * epoch_steps(source))
+    assert {micro["input_ids"].shape[1] for batch in batches for micro in batch.micro_batches} == {2, 4}
+
+
+class Unlabelled(Counting):
+    """No label counts."""
+
+    def read(self, index: int, epoch: int = 0) -> Sample:
+        values = np.array([index], dtype=np.int64)
+        return {"input_ids": values, "labels": np.full(1, -100, dtype=np.int64)}
+
+
+def test_a_batch_without_labels_is_given_out_with_0_tokens() -> None:
+    (batch,) = take(loader(dataset=Unlabelled(4), micro=2, accum=2), 0, 1)
+    assert (batch.tokens, batch.samples, len(batch.micro_batches)) == (0, 4, 2)
+
+
+def test_labels_of_images_are_counted() -> None:
+    assert supervised_tokens({"labels": torch.tensor([0, 3, 1])}) == 3
+
+
+def through_a_checkpoint(state: dict[str, object]) -> dict[str, object]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, object] = torch.load(file, weights_only=True)
+    return loaded
+
+
 def test_state_accepts_the_same_data_and_any_split_of_the_batch() -> None:
     state = loader(23, 2, 3).state_dict(17)
-    assert state == {"fingerprint": "a" * 64, "samples_per_epoch": 23, "global_batch": 6, "step": 17}
-    loader(23, 6, 1, seed=9, workers=2).check_state(state)
+    assert state == {
+        "fingerprint": "a" * 64,
+        "samples": 23,
+        "order": {"kind": "shuffled", "samples": 23, "global_batch": 6},
+        "step": 17,
+    }
+    loader(23, 6, 1, seed=9, workers=2).load_state_dict(through_a_checkpoint(state))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_states_of_every_order_fit_a_checkpoint(order: BatchOrder) -> None:
+    source = GlobalBatchLoader(Counting(23), LMCollator(0), order, WorkerSettings())
+    source.load_state_dict(through_a_checkpoint(source.state_dict(5)))
 
 
 @pytest.mark.parametrize("changed", [Counting(24), Counting(23, "b" * 64)])
 def test_state_refuses_other_data(changed: Counting) -> None:
     with pytest.raises(DataError, match=r"the data is not what this run was trained on: 23 samples.*output_dir"):
-        loader(dataset=changed).check_state(loader(23).state_dict(5))
+        loader(dataset=changed).load_state_dict(loader(23).state_dict(5))
 
 
 def test_state_refuses_another_batch_size() -> None:
-    with pytest.raises(DataError, match="6 samples a step, now it would be 8"):
-        loader(23, 2, 4).check_state(loader(23, 2, 3).state_dict(5))
+    with pytest.raises(DataError, match=r"global_batch 6 then, 8 now.*train_batch_size x training.grad_accum_steps"):
+        loader(23, 2, 4).load_state_dict(loader(23, 2, 3).state_dict(5))
+
+
+def test_state_refuses_another_kind_of_order() -> None:
+    source = GlobalBatchLoader(Counting(23), LMCollator(0), ORDERS[0], WorkerSettings())
+    with pytest.raises(DataError, match=r"kind shuffled then, bucketed now.*data\.bucket_by_length"):
+        source.load_state_dict(loader(23).state_dict(5))
+
+
+def test_state_refuses_a_stream() -> None:
+    with pytest.raises(DataError, match=r"trained on streamed data: keep data\.streaming: true"):
+        loader(23).load_state_dict({"fingerprint": "a" * 64, "step": 5})
 
 
 @pytest.mark.parametrize("workers", [WorkerSettings(0), WorkerSettings(2, 1, True), WorkerSettings(1, 3, False)])

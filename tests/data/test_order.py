@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truthgpt.data.order import KeyedPermutation
+from truthgpt.data.order import BLOCK, EpochPermutations, KeyedPermutation
+from truthgpt.runtime.seeds import derive_seed
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 2**63 - 1))
 def test_is_a_bijection(length: int, key: int) -> None:
     images = KeyedPermutation(length, key)(np.arange(length))
@@ -84,3 +85,20 @@ def test_outside(position: int) -> None:
 def test_bad_length(length: int) -> None:
     with pytest.raises(ValueError, match="length must be"):
         KeyedPermutation(length, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3 * BLOCK), st.lists(st.tuples(st.integers(0, 3), st.integers(0), st.integers(0)), max_size=6))
+def test_runs_of_an_epoch_are_parts_of_its_permutation(length: int, runs: list[tuple[int, int, int]]) -> None:
+    orders = EpochPermutations(length, 7, "a", 1)
+    for epoch, one, other in runs:
+        first, stop = sorted((one % (length + 1), other % (length + 1)))
+        whole = KeyedPermutation(length, derive_seed(7, "a", 1, epoch))(np.arange(length))
+        assert np.array_equal(orders.images(epoch, first, stop), whole[first:stop])
+        assert np.array_equal(orders.whole(epoch), whole)
+
+
+@pytest.mark.parametrize(("first", "stop"), [(-1, 3), (3, 2), (9, 11)])
+def test_runs_outside(first: int, stop: int) -> None:
+    with pytest.raises(IndexError):
+        EpochPermutations(10, 1, "a").images(0, first, stop)

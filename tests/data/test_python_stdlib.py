@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from truthgpt.data.base import IdentifiedSource
 from truthgpt.data.python_stdlib import PythonStdlib, stdlib_files
 from truthgpt.errors import DataError
 
@@ -56,3 +57,16 @@ def test_python_without_library_source(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
     with pytest.raises(DataError, match="0 usable documents"):
         list(PythonStdlib().documents())
+
+
+def test_identity_changes_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_library(tmp_path)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
+    source = PythonStdlib()
+    assert isinstance(source, IdentifiedSource)
+    before = source.identity()
+    assert before == PythonStdlib().identity()
+    (tmp_path / "foreign.py").write_text("not part of it")
+    assert source.identity() == before
+    (tmp_path / "site.py").write_text("changed")
+    assert source.identity() != before

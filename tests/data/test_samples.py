@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from truthgpt.data.base import IGNORED_LABEL, Document, Sample, Segment
-from truthgpt.data.samples import BlockDataset, Overlong, RowDataset
+from truthgpt.data.samples import BlockDataset, ConcatenatedDataset, Overlong, RowDataset
 from truthgpt.errors import DataError
 
 from .conftest import MakeStore, byte_tokenizer, rows
 
 END = 256
-same_fixture = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+same_fixture = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def ids(text: str) -> list[int]:
@@ -29,8 +29,8 @@ def plain(sample: Sample) -> tuple[list[int], list[int]]:
     return sample["input_ids"].tolist(), sample["labels"].tolist()
 
 
-def everything(dataset: BlockDataset | RowDataset) -> list[tuple[list[int], list[int]]]:
-    return [plain(dataset[index]) for index in range(len(dataset))]
+def everything(dataset: BlockDataset | RowDataset | ConcatenatedDataset) -> list[tuple[list[int], list[int]]]:
+    return [plain(dataset.read(index)) for index in range(len(dataset))]
 
 
 def test_blocks_join_documents(make_store: MakeStore) -> None:
@@ -64,7 +64,7 @@ def test_blocks_need_two_tokens(make_store: MakeStore) -> None:
 
 def test_block_index_out_of_range(make_store: MakeStore) -> None:
     with pytest.raises(IndexError):
-        BlockDataset(make_store(rows("abc")), max_seq_len=4)[1]
+        BlockDataset(make_store(rows("abc")), max_seq_len=4).read(1)
 
 
 def test_rows_with_and_without_prompt(make_store: MakeStore) -> None:
@@ -101,6 +101,8 @@ def test_overlong_rows(make_store: MakeStore, texts: list[str], max_seq_len: int
     dataset = RowDataset(make_store(rows(*texts)), max_seq_len, overlong)
     assert everything(dataset) == windows(texts, max_seq_len, overlong)
     assert dataset.overlong_rows == sum(len(text) > max_seq_len for text in texts)
+    assert dataset.lengths.dtype == np.int32
+    assert dataset.lengths.tolist() == [len(inputs) for inputs, _ in everything(dataset)]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,69 @@ def test_nothing_left_is_an_error(make_store: MakeStore) -> None:
         RowDataset(store, 4, "drop")
 
 
+def test_documents_of_a_joined_text_are_rows_too(make_store: MakeStore) -> None:
+    store = make_store([*rows("abc", "", "defgh"), Document("more", (Segment("ij"),), "here", continues=True)])
+    dataset = RowDataset(store, 4, "split")
+    assert [inputs for inputs, _ in everything(dataset)] == [ids("abc"), ids("defg"), ids("hij")]
+    assert (dataset.lengths.tolist(), dataset.overlong_rows, dataset.unsupervised_samples) == ([3, 4, 3], 1, 1)
+
+
+@same_fixture
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_concatenated_datasets(make_store: MakeStore, sizes: list[int]) -> None:
+    parts = [
+        RowDataset(make_store(rows(*(f"{part}{row}" for row in range(size)))), 8, "truncate")
+        for part, size in enumerate(sizes)
+    ]
+    whole = ConcatenatedDataset(parts)
+    assert everything(whole) == [sample for part in parts for sample in everything(part)]
+    assert plain(whole.read(-1)) == everything(parts[-1])[-1]  # type: ignore[arg-type]
+    for outside in (sum(sizes), -sum(sizes) - 1):
+        with pytest.raises(IndexError):
+            whole.read(outside)
+
+
+def test_concatenated_fingerprint_names_every_part_and_their_order(make_store: MakeStore) -> None:
+    first, second = (RowDataset(make_store(rows(text)), 8, "truncate") for text in ("a", "b"))
+    prints = [ConcatenatedDataset(parts).fingerprint for parts in ([first], [first, second], [second, first])]
+    assert len({first.fingerprint, *prints}) == 4
+    assert ConcatenatedDataset([first, second]).fingerprint == prints[1]
+    with pytest.raises(ValueError, match="at least one"):
+        ConcatenatedDataset([])
+
+
+class EpochRecorder:
+    """Remembers what was read in which epoch."""
+
+    fingerprint = "e"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return 3
+
+    def read(self, index: int, epoch: int = 0) -> Sample:
+        self.seen.append((index, epoch))
+        return {"input_ids": np.zeros(1, dtype=np.int64), "labels": np.zeros(1, dtype=np.int64)}
+
+
+def test_concatenated_datasets_pass_the_epoch_on() -> None:
+    parts = [EpochRecorder(), EpochRecorder()]
+    whole = ConcatenatedDataset(parts)
+    whole.read(2, 5)
+    whole.read(3, 6)
+    assert [part.seen for part in parts] == [[(2, 5)], [(0, 6)]]
+
+
+def test_reading_leaves_the_store_as_it_is(make_store: MakeStore) -> None:
+    store = make_store(rows(("ab", "c")))
+    sample = RowDataset(store, 8, "truncate").read(0)
+    sample["input_ids"][:] = 7
+    sample["labels"][:] = 7
+    assert plain(RowDataset(store, 8, "truncate").read(0)) == (ids("abc"), [IGNORED_LABEL, *ids("c"), END])
+
+
 def test_fingerprints(make_store: MakeStore) -> None:
     store, other = make_store(rows("abc", "d")), make_store(rows("abc", "e"))
     prints = [
@@ -176,7 +241,8 @@ def test_fingerprints(make_store: MakeStore) -> None:
 
 def test_datasets_pickle(make_store: MakeStore) -> None:
     store = make_store(rows(("ab", "c"), "text " * 10_000))
-    for dataset in (BlockDataset(store, 8), RowDataset(store, 8, "truncate")):
+    row_dataset = RowDataset(store, 8, "truncate")
+    for dataset in (BlockDataset(store, 8), row_dataset, ConcatenatedDataset([row_dataset])):
         expected = everything(dataset)
         data = pickle.dumps(dataset)
         assert len(data) < 4000

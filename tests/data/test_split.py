@@ -102,13 +102,34 @@ def test_no_document() -> None:
         split_documents(ListSource([]), 0.1)
 
 
-def test_source_that_changes_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(6, r"^rows.jsonl:6: .*changed.*behind the 5"), (4, r"^rows.jsonl:4: .*changed.*the last of 4.*were 5")],
+)
+def test_source_that_changes_is_noticed_and_named(count: int, message: str) -> None:
     source = ListSource(texts(5))
     split = split_documents(source, 0)
-    for items in (texts(6), texts(4)):
-        source.items = items
-        with pytest.raises(DataError, match="changed while it was being read"):
-            list(split.train)
+    source.items = texts(count)
+    with pytest.raises(DataError, match=message):
+        list(split.train)
+
+
+class NamedSource(ListSource):
+    """A source whose identity can change."""
+
+    name = "first"
+
+    def identity(self) -> str | None:
+        return self.name
+
+
+def test_same_number_of_other_documents_is_noticed_by_the_identity() -> None:
+    source = NamedSource(texts(5))
+    split = split_documents(source, 0)
+    assert len(list(split.train)) == 5
+    source.name = "second"
+    with pytest.raises(DataError, match="a file has another size or time"):
+        list(split.train)
 
 
 def test_pieces_of_one_file_continue_only_their_own_predecessor(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from tests.data.stream_contract import check_cursors
+from truthgpt.data.base import IdentifiedSource, StreamSource
 from truthgpt.data.text_source import MAX_PIECE_BYTES, TextSource
 from truthgpt.errors import DataError
 
@@ -79,3 +84,58 @@ def test_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").unlink()
     with pytest.raises(DataError, match=r"a\.txt: cannot be read"):
         list(source.documents())
+
+
+def test_files_are_shards(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "one\n"), ("b.txt", " \n"), ("c.txt", "two")):
+        write(tmp_path / name, text.encode())
+    source = TextSource([str(tmp_path)])
+    assert isinstance(source, StreamSource)
+    assert isinstance(source, IdentifiedSource)
+    assert [Path(name).name for name in source.shards()] == ["a.txt", "b.txt", "c.txt"]
+    check_cursors(source, list(source.documents()))
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(st.sampled_from(["", " ", "é" * 200, "x" * 900, "\0", "text"]), min_size=1, max_size=60),
+    end=st.sampled_from(["\n", "\r\n"]),
+    mark=st.booleans(),
+)
+def test_a_lone_file_can_be_entered_behind_any_piece(tmp_path: Path, lines: list[str], end: str, mark: bool) -> None:
+    source = TextSource([write(tmp_path / "a.txt", b"\xef\xbb\xbf" * mark + end.join([*lines, "z"]).encode())])
+    documents = list(source.documents())
+    check_cursors(source, documents)
+    assert [document.continues for document in documents] == [d.key != "a.txt#0" for d in documents]
+
+
+def test_a_piece_is_entered_by_seeking(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"\xff\n" + b"line\n" * 10_000)
+    with pytest.raises(DataError, match="not UTF-8 at byte 0"):
+        next(TextSource([path]).read(0))
+    document, _ = next(TextSource([path]).read(0, (2 + 5 * 9000, 90)))
+    assert (document.key, document.where) == ("a.txt#90", f"{path} (byte 45002)")
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_memory_stays_below_four_times_the_longest_document(tmp_path: Path, files: int) -> None:
+    size = 8 << 20
+    for index in range(files):
+        write(tmp_path / f"{index}.txt", b"a" * size)
+    tracemalloc.start()
+    lengths = [len(document.text) for document in TextSource([str(tmp_path)]).documents()]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lengths == [size] * files
+    assert peak < 4 * size
+
+
+def test_identity_and_fingerprint(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"one")
+    first = TextSource([path])
+    assert (first.identity(), first.fingerprint()) == (TextSource([path]).identity(), TextSource([path]).fingerprint())
+    before = first.identity(), first.fingerprint()
+    write(tmp_path / "a.txt", b"two")
+    assert first.fingerprint() != before[1]
+    write(tmp_path / "a.txt", b"three")
+    assert first.identity() != before[0]

@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+from multiprocessing.connection import Connection
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from truthgpt.data import tokenization
 from truthgpt.data.base import Document, Segment
-from truthgpt.data.tokenization import SpecialFrame, special_frame, tokenize
+from truthgpt.data.tokenization import DocumentEncoder, SpecialFrame, TokenRun, group_documents, special_frame
 from truthgpt.errors import DataError
 
-from .conftest import byte_tokenizer, rows
+from .conftest import BEGIN, END, byte_tokenizer, rows
 
 MERGES = ("he", "ll", "Ġw")
+
+
+def summary(runs: list[TokenRun]) -> list[tuple[object, ...]]:
+    """Runs as plain values, which compare."""
+    return [(run.ids.tolist(), run.trained, run.opens, run.document, run.end, run.problems) for run in runs]
 
 
 def test_frame_of_a_tokenizer_without_habits() -> None:
@@ -33,49 +43,167 @@ def test_frame_needs_an_end_of_text_token() -> None:
 @given(st.text(max_size=60))
 def test_frame_and_ids_are_what_generation_sees(text: str) -> None:
     tokenizer = byte_tokenizer(begin=True, merges=MERGES)
-    frame = special_frame(tokenizer)
-    (run,) = tokenize(rows(text), tokenizer, 300)
-    assert [*frame.prefix, *run.ids.tolist()] == tokenizer(text).input_ids
+    (run,) = DocumentEncoder(tokenizer, 300).runs(rows(text))
+    assert run.ids.tolist() == tokenizer(text).input_ids
 
 
 def test_padding_and_truncation_left_on_change_nothing() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer(["long enough", "b"], padding="max_length", truncation=True, max_length=4)
-    frame = special_frame(tokenizer)
-    runs = list(tokenize(rows("long enough", "b"), tokenizer, 300))
-    assert (frame.prefix, [run.ids.size for run in runs]) == ((), [11, 1])
+    encoder = DocumentEncoder(tokenizer, 300)
+    assert encoder.frame.prefix == ()
+    assert [run.ids.size for run in encoder.runs(rows("long enough", "b"))] == [11, 1]
 
 
 def test_runs_keep_documents_segments_and_pieces_apart() -> None:
     documents = [
         Document("a", (Segment("ab", trained=False), Segment("c")), "here"),
         Document("b", (Segment("d"),), "here", continues=True),
-        Document("c", (Segment(""), Segment("e")), "here"),
+        Document("c", (Segment("", trained=False), Segment("e")), "here"),
+        Document("d", (Segment("", trained=False), Segment("")), "here"),
     ]
-    runs = list(tokenize(documents, byte_tokenizer(), 258))
+    runs = list(DocumentEncoder(byte_tokenizer(begin=True), 258).runs(documents))
     assert [(run.ids.size, run.trained, run.opens, run.document) for run in runs] == [
-        (2, False, True, 1),
+        (3, False, True, 1),
         (1, True, False, 1),
         (1, True, False, 2),
-        (0, True, True, 3),
-        (1, True, False, 3),
+        (2, True, True, 3),
+        (1, True, True, 4),
     ]
+    assert all(run.end == (256,) and run.problems == () for run in runs)
+
+
+@pytest.mark.parametrize("prompt", ["", BEGIN])
+def test_begin_token_in_the_text_is_kept_once_and_reported_with_the_last_run(prompt: str) -> None:
+    documents = rows((prompt, f"{BEGIN if not prompt else ''}ab"), "c")
+    runs = list(DocumentEncoder(byte_tokenizer(begin=True), 258).runs(documents))
+    first, second = [[*group] for _, group in itertools.groupby(runs, key=lambda run: run.document)]
+    ids = [token for run in first for token in run.ids.tolist()]
+    assert ids == [257, *byte_tokenizer()("ab").input_ids]
+    assert [run.problems for run in first] == [()] * (len(first) - 1) + [("double_bos",)]
+    assert [run.problems for run in second] == [()]
+
+
+def test_begin_token_inside_a_text_or_without_the_habit_is_text() -> None:
+    (inside,) = DocumentEncoder(byte_tokenizer(begin=True), 258).runs(rows("a" + BEGIN))
+    assert (inside.ids.tolist()[0], inside.ids.size, inside.problems) == (257, 3, ())
+    document = Document("k", (Segment(BEGIN + "a"),), "here", continues=True)
+    (further,) = DocumentEncoder(byte_tokenizer(begin=True), 258).runs([document])
+    assert (further.ids.tolist()[0], further.ids.size, further.problems) == (257, 2, ())
+    (plain,) = DocumentEncoder(byte_tokenizer(), 258).runs(rows(BEGIN + "a"))
+    assert (plain.ids.size, plain.problems) == (2, ())
 
 
 @pytest.mark.parametrize("text", ["word word\n" * 100, "x" * 1000, "\n" * 300, "short", "é\n" * 200 + "tail"])
 def test_cutting_a_huge_text_loses_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "PIECE_CHARACTERS", 64)
     monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 200)
-    runs = list(tokenize(rows(text), byte_tokenizer(), 258))
     tokenizer = byte_tokenizer()
+    runs = list(DocumentEncoder(tokenizer, 258).runs(rows(text)))
     assert tokenizer.decode([token for run in runs for token in run.ids.tolist()]) == text
     assert [run.opens for run in runs] == [True] + [False] * (len(runs) - 1)
     assert len(runs) >= len(text) // 64
     assert all(run.ids.size <= 64 * 2 for run in runs)
 
 
+@given(
+    st.lists(st.text(alphabet="ab w\nhel", max_size=30), max_size=8),
+    st.integers(1, 40),
+    st.integers(1, 5),
+)
+def test_batches_change_no_run(texts: list[str], characters: int, pieces: int) -> None:
+    documents = rows(*texts, *[(text, BEGIN + text) for text in texts])
+    encoder = DocumentEncoder(byte_tokenizer(begin=True, merges=MERGES), 300)
+    whole = summary(list(encoder.runs(documents)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization, "BATCH_CHARACTERS", characters)
+        patch.setattr(tokenization, "BATCH_PIECES", pieces)
+        assert summary(list(encoder.runs(documents))) == whole
+
+
+def test_documents_are_read_no_further_than_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "BATCH_PIECES", 4)
+    taken = itertools.count()
+    endless = (Document(str(number), (Segment("text"),), "here") for number in taken)
+    runs = DocumentEncoder(byte_tokenizer(), 258).runs(endless)
+    assert [next(runs).document for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    assert next(taken) <= 9
+
+
 def test_token_the_model_does_not_have_names_document_id_and_limit() -> None:
-    tokenizer = byte_tokenizer(merges=("he",))
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: .* token id 256 \('he'\), the model has ids 0 to 255;.*259"):
-        list(tokenize(rows("fine", "he"), tokenizer, 256))
+    encoder = DocumentEncoder(byte_tokenizer(merges=("he",)), 259)
+    encoder.vocab_size = 256
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .* token id 256 \('he'\), .* model has ids 0 to 255;.*259"):
+        list(encoder.runs(rows("fine", "he")))
+
+
+def test_framing_token_the_model_does_not_have_is_refused_at_once() -> None:
+    with pytest.raises(DataError, match=r"^the tokenizer gives token id 256 \('<\|endoftext\|>'\)"):
+        DocumentEncoder(byte_tokenizer(), 256)
+
+
+def test_digest_changes_with_tokenizer_frame_and_template() -> None:
+    encoders = [
+        DocumentEncoder(byte_tokenizer(), 300),
+        DocumentEncoder(byte_tokenizer(merges=MERGES), 300),
+        DocumentEncoder(byte_tokenizer(begin=True), 300),
+        DocumentEncoder(byte_tokenizer(), 300, "{{ messages }}"),
+        DocumentEncoder(byte_tokenizer(), 300, "{{ messages }} "),
+    ]
+    own = byte_tokenizer()
+    own.chat_template = "{{ bos_token }}"
+    digests = [encoder.digest for encoder in [*encoders, DocumentEncoder(own, 300)]]
+    assert len(set(digests)) == len(digests)
+    assert digests[0] == DocumentEncoder(byte_tokenizer(), 400).digest
+
+
+def test_documents_are_joined_closed_and_told_apart() -> None:
+    documents = [
+        Document("a", (Segment("ab", trained=False), Segment("c")), "here"),
+        Document("b", (Segment("d"),), "here", continues=True),
+        Document("c", (Segment("e"),), "here"),
+    ]
+    grouped = list(group_documents(DocumentEncoder(byte_tokenizer(), 258).runs(documents)))
+    a, b, c, d, e = byte_tokenizer()("abcde").input_ids
+    assert [(ids.tolist(), trained.tolist(), opens) for ids, trained, opens in grouped] == [
+        ([a, b, c], [False, False, True], True),
+        ([d, 256], [True, True], False),
+        ([e, 256], [True, True], True),
+    ]
+    assert all(ids.dtype == np.int64 and trained.dtype == np.bool_ for ids, trained, _ in grouped)
+    assert list(group_documents([])) == []
+
+
+def test_a_run_mask_and_a_missing_end_are_kept_by_grouping() -> None:
+    mask = np.array([False, True])
+    run = TokenRun(np.array([5, 6]), mask, True, 1, ())
+    ((ids, trained, opens),) = group_documents([run])
+    assert (ids.tolist(), trained.tolist(), opens) == ([5, 6], [False, True], True)
+
+
+def _encode_in_child(encoder: DocumentEncoder, texts: list[str], connection: Connection) -> None:
+    connection.send([run.ids.tolist() for run in encoder.runs(rows(*texts))])
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_tokenises_with_the_parents_encoder() -> None:
+    texts = [f"hello world {number}" for number in range(200)]
+    encoder = DocumentEncoder(byte_tokenizer(merges=MERGES), 300)
+    here = [run.ids.tolist() for run in encoder.runs(rows(*texts))]
+    context = multiprocessing.get_context("fork")
+    parent, child = context.Pipe()
+    process = context.Process(target=_encode_in_child, args=(encoder, texts, child))
+    process.start()
+    try:
+        assert parent.poll(20), "the forked process hangs"
+        assert parent.recv() == here
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_text_that_ends_with_the_end_token_keeps_it() -> None:
+    (run,) = DocumentEncoder(byte_tokenizer(), 258).runs(rows("a" + END))
+    assert (run.ids.tolist()[-1], run.end) == (256, (256,))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -8,29 +7,33 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from truthgpt.config.schema import DataConfig
-from truthgpt.factories.datasets import DATASETS
+from truthgpt.config.data_section import DataConfig
+from truthgpt.data.rows import BadRowPolicy, RowFields
+from truthgpt.factories.datasets import BUNDLES, DATASETS, KEYS, reads
 
 
-def settings(path: Path | None) -> dict[str, object]:
+def settings(path: Path | None, **given: object) -> dict[str, object]:
     data = DataConfig()
-    values = {name: getattr(data, name) for name in DATASETS.runtime}
-    return {**values, "path": None if path is None else [str(path)]}
+    rows = RowFields("text", "text", "prompt", "completion", "messages", "all")
+    bundles: dict[str, object] = {"rows": rows, "bad_rows": BadRowPolicy("error", 0.0), "images": None, "classes": None}
+    values = {name: bundles[name] if name in bundles else getattr(data, name) for name in DATASETS.runtime}
+    return {**values, "path": None if path is None else [str(path)], **given}
 
 
 def test_names_and_what_each_reads() -> None:
-    reads = {entry.name: list(inspect.signature(entry.build).parameters) for entry in DATASETS}
-    assert reads == {
-        "text": ["path"],
-        "jsonl": [
-            *("path", "format", "text_field", "prompt_field", "completion_field"),
-            *("train_on", "on_bad_row", "max_bad_fraction"),
-        ],
+    found = {entry.name: [key for key in KEYS if reads(entry, key)] for entry in DATASETS}
+    rows = [*BUNDLES["rows"], *BUNDLES["bad_rows"]]
+    images = list(BUNDLES["images"])
+    assert found == {
+        "text": ["path", "streaming"],
+        "jsonl": ["path", "streaming", *rows],
+        "hf": ["path", "dataset", "subset", "split", "streaming", *rows, *images],
+        "webdataset": ["path", "streaming", *rows, *images],
+        "image_folder": ["path", *images],
         "python_stdlib": [],
     }
-    for entry in DATASETS:
-        assert entry.summary
-        assert all(p.default is p.empty for p in inspect.signature(entry.build).parameters.values())
+    assert all(entry.summary for entry in DATASETS)
+    assert set(KEYS) <= set(DataConfig.model_fields), "every key a source may read is one of `data`"
 
 
 def test_sources_are_built_from_the_data_section(tmp_path: Path) -> None:
@@ -40,8 +43,17 @@ def test_sources_are_built_from_the_data_section(tmp_path: Path) -> None:
     assert row.text == "hello"
     (text,) = DATASETS.build("text", {}, **settings(file)).documents()
     assert text.text == '{"text": "hello"}\n'
+    (hub,) = DATASETS.build("hf", {}, **settings(file)).documents()
+    assert hub.text == "hello"
     library = DATASETS.build("python_stdlib", {}, **settings(None))
     assert library.layout == "stream"
+
+
+@pytest.mark.parametrize("name", ["hf", "webdataset", "image_folder"])
+def test_a_source_without_its_package_says_how_to_install_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("truthgpt.factories.datasets.package_installed", lambda package: False)
+    availability = DATASETS.entry(name).probe()
+    assert not availability.available and "pip install 'truthgpt[" in str(availability.reason)
 
 
 def test_unknown_option(tmp_path: Path) -> None:

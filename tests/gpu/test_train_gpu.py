@@ -22,7 +22,6 @@ from truthgpt.data.base import Batch
 from truthgpt.errors import NonFiniteError, Preempted
 from truthgpt.models.causal_lm import causal_lm_loss
 from truthgpt.runtime.flops import peak_flops
-from truthgpt.trainers.engine import Objective
 from truthgpt.trainers.trainer import GenericTrainer
 
 pytestmark = pytest.mark.gpu
@@ -34,6 +33,7 @@ LLAMA = (
     "num_key_value_heads: 2, max_position_embeddings: 64}"
 )
 GPU = ("hardware.device=cuda", "training.eval_interval=1000", "checkpoint.interval_steps=1000")
+PACKED = ("data.source=jsonl", "data.packing=true", f"model.config={LLAMA}")
 LOSS_NOISE = 0.03
 """Relative: bf16 keeps three digits, and twenty steps carry its errors on."""
 
@@ -82,6 +82,13 @@ def test_precisions_agree(tmp_path: Path) -> None:
         assert rough != exact, "autocast was off"
 
 
+def test_packed_rows_give_the_losses_of_a_cpu(tmp_path: Path) -> None:
+    exact = losses(tmp_path, "cpu", "training.mixed_precision=none", *PACKED, "hardware.device=cpu")
+    for precision in ("none", "bf16"):
+        rough = losses(tmp_path, precision, f"training.mixed_precision={precision}", *PACKED)
+        assert rough == pytest.approx(exact, rel=LOSS_NOISE), precision
+
+
 def test_gpu_agrees_with_cpu(tmp_path: Path) -> None:
     exact = ("training.mixed_precision=none", "training.allow_tf32=false", f"model.config={LLAMA}")
     on_gpu = losses(tmp_path, "gpu", *exact)
@@ -90,11 +97,12 @@ def test_gpu_agrees_with_cpu(tmp_path: Path) -> None:
     assert on_gpu == pytest.approx(on_cpu, rel=2e-3)
 
 
+@pytest.mark.parametrize("data", [(), PACKED], ids=["joined", "packed"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "none"])
-def test_resume_is_exact_in_deterministic_mode(tmp_path: Path, precision: str) -> None:
+def test_resume_is_exact_in_deterministic_mode(tmp_path: Path, precision: str, data: tuple[str, ...]) -> None:
     """40 steps at once, and 17 + 23: weights, optimizer, average, scale and the log, bit for bit. With dropout."""
     write_sources(tmp_path)
-    shape = (f"training.mixed_precision={precision}", "hardware.deterministic=true", "training.eval_interval=20")
+    shape = (f"training.mixed_precision={precision}", "hardware.deterministic=true", "training.eval_interval=20", *data)
     gpu_trainer(tmp_path, "straight", *shape).train()
     first = gpu_trainer(tmp_path, "resumed", *shape)
     train_step = first.parts.engine.train_step
@@ -137,26 +145,15 @@ def test_compiled_layers_match_eager(tmp_path: Path, precision: str) -> None:
     assert keys[0] == keys[1]
 
 
-def waiting_allowed(objective: Objective) -> Objective:
-    """The model's own forward may wait: transformers looks through the position ids for packed rows at every call."""
-
-    def run(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
-        try:
-            return objective(model, batch)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-
-    return run
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "none"])
-def test_a_step_never_waits_for_the_device(tmp_path: Path, precision: str, optimizer: str) -> None:
-    trainer = gpu_trainer(tmp_path, "run", f"training.mixed_precision={precision}", f"optimizer.type={optimizer}")
+@pytest.mark.parametrize("data", [(), PACKED], ids=["joined", "packed"])
+def test_a_step_never_waits_for_the_device(
+    tmp_path: Path, precision: str, optimizer: str, data: tuple[str, ...]
+) -> None:
+    chosen = (f"training.mixed_precision={precision}", f"optimizer.type={optimizer}")
+    trainer = gpu_trainer(tmp_path, "run", *chosen, *data)
     engine, meter = trainer.parts.engine, trainer.parts.meter
-    engine.objective = waiting_allowed(engine.objective)
     batches = list(islice(trainer.parts.loader.batches(), 6))
     assert all(tensor.is_pinned() for micro_batch in batches[0].micro_batches for tensor in micro_batch.values())
     for step, batch in enumerate(batches[:3]):

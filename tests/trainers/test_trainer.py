@@ -126,7 +126,7 @@ def test_error_reaches_caller_callbacks_and_status(tmp_path: Path, recorder: Rec
         return causal_lm_loss(model, batch)
 
     trainer.parts.engine.objective = objective
-    with pytest.raises(OutOfMemoryError, match="step 5 with micro-batches of 4 rows x 32 tokens") as caught:
+    with pytest.raises(OutOfMemoryError, match="step 5 with micro-batches of 4 x 32 labels") as caught:
         trainer.train()
     assert "long story" not in str(caught.value)
     assert recorder.names()[-2:] == [("on_exception", 4), ("on_end", 4)]

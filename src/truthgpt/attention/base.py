@@ -32,6 +32,25 @@ def declares(*capabilities: Capability) -> Callable[[Function], Function]:
     return mark
 
 
+def packed_arguments(position_ids: torch.Tensor, cu_seq_lens: torch.Tensor) -> dict[str, Any]:
+    """What a transformers model is called with so that its attention keeps packed documents apart.
+
+    The names are those that transformers' variable-length attention functions take.
+
+    Args:
+        position_ids: int64 `(B, T)`, from 0 in every document.
+        cu_seq_lens: int32 `(N + 1,)`, borders of the documents in the flattened batch (see `data.base.Batch`).
+    """
+    length = position_ids.shape[1]  # an upper bound of a document's length that needs no look at the device
+    return {
+        "position_ids": position_ids,
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": length,
+        "max_length_k": length,
+    }
+
+
 def capabilities_of(function: AttentionFunction) -> frozenset[Capability]:
     """What `function` declares; dense causal attention when it declares nothing."""
     return getattr(function, "capabilities", _DENSE_ONLY)

@@ -1,4 +1,4 @@
-"""Makes an attention function usable by every transformers model under a name."""
+"""Makes an attention function usable by transformers models under a name."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from truthgpt.attention.base import AttentionFunction, capabilities_of
 from truthgpt.errors import ConfigError, Problem
 
+OUR_PREFIX = "truthgpt_"
+TRANSFORMERS_OWN = "sdpa"
+"""transformers' own attention, which builds the masks a model asks for: the reference of the probes, and the one that
+generates."""
+
 
 def install_attention(name: str, function: AttentionFunction) -> str:
     """Register `function` with transformers; returns the `attn_implementation` that selects it.
 
-    `sdpa` keeps transformers' own name, and so its mask handling. Any other gets a name without a mask function: the
-    model then builds no mask, and the backend sees dense causal rows.
+    It has no mask function: the model then builds no mask, and the backend sees dense causal rows, or packed ones.
     """
-    if name == "sdpa":
-        return name
-    implementation = f"truthgpt_{name}"
+    implementation = f"{OUR_PREFIX}{name}"
     AttentionInterface.register(implementation, function)
     return implementation
 
 
 @contextmanager
-def sdpa_attention_in(model: PreTrainedModel) -> Iterator[None]:
-    """`model` attends through `sdpa` inside: generation asks for shapes (one query, many keys) that a training backend
-    need not know."""
-    configured = model.config._attn_implementation
-    if configured == "sdpa":
+def transformers_attention_in(model: PreTrainedModel) -> Iterator[None]:
+    """`model` attends through transformers' own `sdpa` inside: generation asks for shapes (one query, many keys) that a
+    training backend need not know."""
+    configured = str(model.config._attn_implementation)
+    if not configured.startswith(OUR_PREFIX):
         yield
         return
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(TRANSFORMERS_OWN)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from truthgpt.cli.doctor import doctor
 from truthgpt.cli.evaluate import evaluate
 from truthgpt.cli.generate import generate
 from truthgpt.cli.init import init
+from truthgpt.cli.inspect import inspect
 from truthgpt.cli.output import say
 from truthgpt.cli.runs import runs_app
 from truthgpt.cli.schema import schema
@@ -63,6 +64,7 @@ app.command(epilog=_EVERYWHERE)(train)
 app.command(epilog=_EVERYWHERE)(validate)
 app.command(epilog=_EVERYWHERE)(schema)
 app.command(epilog=_EVERYWHERE)(init)
+app.command(epilog=_EVERYWHERE)(inspect)
 app.command(epilog=_EVERYWHERE)(doctor)
 app.command(epilog=_EVERYWHERE)(components)
 app.command("eval", epilog=_EVERYWHERE)(evaluate)

@@ -29,12 +29,11 @@ def evaluate(
     loaded = load_model(target, choose_device(resolved.hardware.device))
 
     from truthgpt.build import build_evaluation
-    from truthgpt.models.causal_lm import causal_lm_loss
     from truthgpt.trainers.evaluate import Evaluator
 
-    parts = build_evaluation(resolved, loaded.tokenizer)
+    parts = build_evaluation(resolved, loaded)
     evaluator = Evaluator(
-        parts.eval_loader, parts.metrics, resolved.eval.select_best_by, causal_lm_loss, parts.precision
+        parts.eval_loader, parts.metrics, resolved.eval.select_best_by, parts.objective, parts.precision
     )
     evaluation = evaluator.run(loaded.model)
     assert evaluation is not None  # nothing asks it to stop

@@ -42,6 +42,10 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, use_cache=kv_cache is KVCache.auto
     )
     loaded = load_model(target, choose_device(device))
+    if loaded.tokenizer is None:
+        raise ConfigError(
+            f"{target}: a {type(loaded.model).__name__} writes no text; truthgpt eval says how good it is"
+        )
     generations = []
     for generation in generate_texts(loaded.model, loaded.tokenizer, texts, settings):
         generations.append(asdict(generation))

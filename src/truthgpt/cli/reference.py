@@ -19,7 +19,9 @@ from pydantic import BaseModel
 
 from truthgpt.cli.app import app
 from truthgpt.cli.schema import key_meanings
-from truthgpt.config.schema import ALIASES, COMPONENT_SLOTS, FOREIGN_NAMES, LIST_SLOTS, Component, Config
+from truthgpt.config.names import ALIASES, COMPONENT_SLOTS, FOREIGN_NAMES, LIST_SLOTS
+from truthgpt.config.schema import Config
+from truthgpt.config.section import Component
 from truthgpt.config.strict_yaml import dotted, flow, parse_yaml
 from truthgpt.errors import EXIT_CODES
 from truthgpt.factories.catalog import REGISTRIES

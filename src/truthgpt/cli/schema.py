@@ -7,7 +7,7 @@ from truthgpt.cli.output import emit_json
 
 def schema() -> None:
     """Print the JSON Schema of a YAML file, with the options of every component, for editors."""
-    from truthgpt.validate_config import json_schema
+    from truthgpt.json_schema import json_schema
 
     emit_json(json_schema())
 

@@ -155,11 +155,11 @@ def _saved_config(folder: Path) -> Mapping[str, Any]:
 
 def _say_next(config: Config) -> None:
     folder = config.run_directory
-    prompt = config.generate.prompts[0] if config.generate.prompts else "Once upon a time"
-    commands = {
-        f"truthgpt generate {folder} --prompt {shlex.quote(prompt)}": "write with the model",
-        f"truthgpt eval {folder}": "its metrics on the validation split",
-        f"truthgpt runs list {shlex.quote(str(Path(folder).parent))}": "all runs",
-    }
+    commands = {}
+    if config.model.task == "causal_lm":
+        prompt = config.generate.prompts[0] if config.generate.prompts else "Once upon a time"
+        commands[f"truthgpt generate {folder} --prompt {shlex.quote(prompt)}"] = "write with the model"
+    commands[f"truthgpt eval {folder}"] = "its metrics on the validation split"
+    commands[f"truthgpt runs list {shlex.quote(str(Path(folder).parent))}"] = "all runs"
     width = max(map(len, commands))
     say("\nNext:\n" + "\n".join(f"  {command:{width}}  {what}" for command, what in commands.items()))

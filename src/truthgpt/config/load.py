@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from truthgpt.config.schema import ALIASES, BARE_NAME_SLOTS, COMPONENT_SLOTS, Config
+from truthgpt.config.names import ALIASES, BARE_NAME_SLOTS, COMPONENT_SLOTS
+from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import (
     MAX_BYTES,
     MAX_DEPTH,

@@ -9,62 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import ConfigDict, Field
 
-
-class Section(BaseModel):
-    """Base of all sections: immutable, strictly typed, unknown keys forbidden, no NaN or infinity."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-
-class Component(Section):
-    """A named component: `name`, or `{type: name, <its options>}`."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-    """Name of the component in its registry."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_bare_name(cls, value: object) -> object:
-        return {"type": value} if isinstance(value, str) else value
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The component's own options, all of them once `validate_config` has filled in the defaults."""
-        return dict(self.model_extra or {})
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-PathList = Annotated[
-    list[str],
-    BeforeValidator(_as_list),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-]
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
-
-
-def _refuse_integer(value: object) -> object:
-    # 1 == True, so a Literal alone accepts 1 and 0. Text no choice is called gives the Literal's own message.
-    return f"the integer {value}" if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-AutoBool = Annotated[Literal["auto", True, False], BeforeValidator(_refuse_integer)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+from truthgpt.config.data_section import DataConfig
+from truthgpt.config.section import AutoBool, Component, Fraction, Label, Positive, Section
 
 
 class TokenizerConfig(Section):
@@ -124,7 +72,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """Layer 1: the model."""
 
-    task: Literal["causal_lm"] = "causal_lm"
+    task: Literal["causal_lm", "image_classification"] = "causal_lm"
     """What the model learns."""
     name_or_path: str | None = None
     """Hub id or local folder of a transformers model."""
@@ -210,57 +158,6 @@ class OptimizerConfig(Component):
     """Optimizer."""
     fused: bool = True
     """Use the optimizer's fused kernel where it has one."""
-
-
-class DataConfig(Section):
-    """Layer 3: the data."""
-
-    source: Component = Component(type="python_stdlib")
-    """Where the documents come from."""
-    dataset: str | None = None
-    """Name of a hub dataset, for sources that read one."""
-    subset: str | None = None
-    """Configuration of the hub dataset."""
-    path: PathList | None = None
-    """File, folder or glob, or a list of them."""
-    validation_path: PathList | None = None
-    """File, folder or glob of the validation documents; null: `validation_fraction` of the training
-    documents is held out."""
-    validation_fraction: Fraction = 0.05
-    """Share of the documents held out for validation, chosen by a hash of each document; 0: no validation."""
-    format: Literal["text", "prompt_completion"] = "text"
-    """What a row holds: one text, or a prompt and its completion."""
-    text_field: str = "text"
-    """Field of a row that holds its text."""
-    prompt_field: str = "prompt"
-    """Field of a row that holds the prompt, for `format: prompt_completion`."""
-    completion_field: str = "completion"
-    """Field of a row that holds the completion, for `format: prompt_completion`."""
-    train_on: Literal["all", "completion"] = "all"
-    """Which tokens the loss counts: all, or the completion's only (`format: prompt_completion`)."""
-    overlong: Literal["truncate", "split", "drop", "error"] = "truncate"
-    """What happens to a row longer than `max_seq_len`; always counted and reported.
-    Plain text files are cut into blocks and never too long."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """A malformed row ends the run, or is skipped, counted and reported."""
-    max_bad_fraction: Fraction = 0.01
-    """With `on_bad_row: skip`, the share of bad rows above which the run ends all the same."""
-    streaming: bool = False
-    """Read the data while training instead of before."""
-    collate: Component = Component(type="lm")
-    """How samples become a batch."""
-    max_seq_len: Annotated[int, Field(ge=2)] = 512
-    """Tokens a sample at most."""
-    bucket_by_length: bool = False
-    """Batch rows of like length together."""
-    bucket_bins: list[Positive] = [64, 128, 256, 512]
-    """Upper lengths of the buckets."""
-    num_workers: Count = 4
-    """Loader processes; capped at the number of cores."""
-    prefetch_factor: Positive = 2
-    """Batches each loader process prepares ahead."""
-    persistent_workers: bool = True
-    """Keep the validation loader's processes alive between evaluations."""
 
 
 class CheckpointConfig(Section):
@@ -384,67 +281,3 @@ class Config(Section):
     def tracker_run_name(self) -> str:
         """`logging.run_name`, or `run_name` when it is not set."""
         return self.logging.run_name or self.run_name
-
-
-BARE_NAME_SLOTS: tuple[tuple[str, ...], ...] = (
-    ("optimizer",),
-    ("training", "scheduler"),
-    ("data", "source"),
-    ("data", "collate"),
-)
-"""Where a component's bare name stands for `{type: name}`."""
-
-COMPONENT_SLOTS: dict[tuple[str, ...], tuple[str, str]] = {
-    ("model", "attention"): ("ATTENTION_BACKENDS", "backend"),
-    ("model", "kv_cache"): ("KV_CACHES", "type"),
-    ("model", "memory"): ("MEMORY_POLICIES", "policy"),
-    ("optimizer",): ("OPTIMIZERS", "type"),
-    ("training", "scheduler"): ("SCHEDULERS", "type"),
-    ("data", "source"): ("DATASETS", "type"),
-    ("data", "collate"): ("COLLATORS", "type"),
-    ("training", "callbacks"): ("CALLBACKS", "type"),
-    ("eval", "metrics"): ("METRICS", "type"),
-}
-"""Where a component is named: its registry, and the key that holds the name. Callbacks and metrics are lists."""
-
-LIST_SLOTS: tuple[tuple[str, ...], ...] = (("training", "callbacks"), ("eval", "metrics"))
-"""The slots that hold a list of components."""
-
-ALIASES: dict[str, str] = {
-    "training.batch_size": "training.train_batch_size",
-    "training.lr": "training.learning_rate",
-}
-"""Second names of keys, accepted and rewritten on loading."""
-
-FOREIGN_NAMES: dict[str, str] = {
-    "accumulate_grad_batches": "training.grad_accum_steps",
-    "adam_beta1": "optimizer.betas",
-    "base_model": "model.name_or_path",
-    "bf16": "training.mixed_precision",
-    "cutoff_len": "data.max_seq_len",
-    "eval_steps": "training.eval_interval",
-    "fp16": "training.mixed_precision",
-    "gradient_accumulation_iters": "training.grad_accum_steps",
-    "gradient_accumulation_steps": "training.grad_accum_steps",
-    "gradient_clipping": "training.max_grad_norm",
-    "logging_steps": "training.log_interval",
-    "lr_scheduler": "training.scheduler",
-    "lr_scheduler_type": "training.scheduler",
-    "max_length": "data.max_seq_len",
-    "max_seq_length": "data.max_seq_len",
-    "micro_batch_size": "training.train_batch_size",
-    "model_name_or_path": "model.name_or_path",
-    "num_epochs": "training.epochs",
-    "num_train_epochs": "training.epochs",
-    "optim": "optimizer.type",
-    "per_device_eval_batch_size": "training.eval_batch_size",
-    "per_device_train_batch_size": "training.train_batch_size",
-    "report_to": "training.callbacks",
-    "resume_from_checkpoint": "resume.enabled",
-    "save_steps": "checkpoint.interval_steps",
-    "save_total_limit": "checkpoint.keep_last",
-    "sequence_len": "data.max_seq_len",
-    "tf32": "training.allow_tf32",
-    "warmup_steps": "training.warmup_ratio",
-}
-"""Keys of other trainers, and the key that means the same here."""

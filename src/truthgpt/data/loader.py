@@ -1,99 +1,73 @@
-"""Global batches in an order that depends on seed and step only, and validation batches in sequence."""
+"""Global batches in the order that a BatchOrder gives, and validation batches in sequence."""
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import multiprocessing.connection
-import signal
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
+from torch.utils.data import Dataset
 
-from truthgpt.data.base import IGNORED_LABEL, Batch, Collator, GlobalBatch, Sample, SampleDataset
-from truthgpt.data.order import KeyedPermutation
+from truthgpt.data.base import (
+    IGNORED_LABEL,
+    AnySample,
+    Batch,
+    BatchOrder,
+    Collator,
+    GlobalBatch,
+    SampleDataset,
+)
+from truthgpt.data.loader_processes import WorkerSettings, read_batches, torch_loader
 from truthgpt.errors import DataError
-from truthgpt.runtime.seeds import derive_seed
 
-SAMPLE_ERRORS = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""What reading a sample may raise; becomes a DataError."""
-DEATH_NOTICE_S = 0.5
-"""A dying process closes its pipes shortly before it counts as dead: how long to wait before another cause is named."""
+__all__ = ["EvalLoader", "GlobalBatchLoader", "WorkerSettings", "supervised_tokens"]
 
-_live_workers: set[BaseProcess] = set()
-"""Loader processes not known to have ended. They ignore the SIGTERM with which `multiprocessing` ends its children at
-exit, and it would wait for them for ever: they are killed before that."""
+Request = tuple[int, list[int]]
+"""What one micro-batch is made of: the epoch, and indices of samples."""
 
-
-@atexit.register
-def _kill_live_workers() -> None:
-    for worker in _live_workers:
-        worker.kill()
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """Loader processes: how many (0: read in the training process), batches each prepares ahead, and whether those of
-    the validation loader live on between evaluations."""
-
-    num_workers: int = 0
-    prefetch_factor: int = 2
-    persistent: bool = True
+ORDER_KEYS = {
+    "kind": "data.packing, data.bucket_by_length, data.max_tokens, data.sources and their weights",
+    "samples": "the documents",
+    "global_batch": "training.train_batch_size x training.grad_accum_steps",
+    "bins": "data.bucket_bins and data.max_seq_len",
+    "bin_batch_sizes": "training.train_batch_size and data.max_tokens",
+    "grad_accum_steps": "training.grad_accum_steps",
+    "shares": "the weights of data.sources and data.mix_by",
+}
+"""What to keep so that a value of an order's description stays as it was."""
 
 
 class GlobalBatchLoader:
     """The training batches of every optimizer step.
 
-    Step s is in epoch `s // steps_per_epoch`, whose order is a permutation keyed by (seed, epoch). Any step is reached
-    in O(1), and neither processes nor prefetching can change what a step trains on. The last global batch of an epoch
-    is smaller when the samples do not divide: nothing is dropped or repeated.
+    Any step is reached in O(1), and neither processes nor prefetching can change what a step trains on: the order is a
+    pure function of seed and step, and samples are read with their epoch.
 
     Args:
         dataset: samples by index.
         collate: samples to a micro-batch; runs in the loader processes.
-        micro_batch_size: samples a micro-batch.
-        grad_accum_steps: micro-batches a step.
-        seed: seed of the run.
+        order: samples of every step.
         workers: loader processes.
         pin_memory: page-locked batches, for copies to a GPU that overlap with compute.
-
-    Raises:
-        DataError: the dataset is empty.
     """
 
     def __init__(
         self,
         dataset: SampleDataset,
         collate: Collator,
-        *,
-        micro_batch_size: int,
-        grad_accum_steps: int,
-        seed: int,
+        order: BatchOrder,
         workers: WorkerSettings,
         pin_memory: bool = False,
     ) -> None:
-        if len(dataset) == 0:
-            raise DataError("0 training samples: the data is empty after the split and data.overlong")
         self._dataset = dataset
         self._collate = collate
-        self._micro_batch_size = micro_batch_size
-        self._global_batch = micro_batch_size * grad_accum_steps
-        self._seed = seed
+        self._order = order
         self._workers = workers
         self._pin_memory = pin_memory
-
-    @property
-    def steps_per_epoch(self) -> int:
+        self.steps_per_epoch: int | None = order.steps_per_epoch
         """Optimizer steps one pass over the samples takes."""
-        return -(-len(self._dataset) // self._global_batch)
 
     def batches(self, start_step: int = 0) -> Generator[GlobalBatch, None, None]:
         """Global batches of step `start_step`, `start_step + 1` and so on, without end.
@@ -101,66 +75,58 @@ class GlobalBatchLoader:
         Close the generator (`contextlib.closing`) to end the loader processes.
 
         Raises:
-            DataError: a sample cannot be read, or a loader process died.
+            DataError: a sample cannot be read, or a loader process died or hangs.
         """
-        sampler = _StepSampler(self._micro_batches, start_step)
-        loader = _data_loader(self._dataset, self._collate, sampler, self._workers, self._pin_memory, persistent=False)
-        with closing(_read(loader)) as micro_batches:
-            step = start_step
-            while True:
-                yield self._gather(step, micro_batches)
-                step += 1
+        sampler = _StepSampler(self._order, start_step)
+        loader = torch_loader(
+            _TorchDataset(self._dataset),
+            self._workers,
+            pin_memory=self._pin_memory,
+            sampler=sampler,
+            collate=self._collate,
+        )
+        with closing(read_batches(loader)) as micro_batches:
+            # Loaders run ahead: when the first micro-batch of a step is there, the sampler has noted how many it has.
+            for first in micro_batches:
+                epoch, sizes = sampler.steps.popleft()
+                batches = [first, *(next(micro_batches) for _ in sizes[1:])]
+                tokens = sum(supervised_tokens(batch) for batch in batches)
+                yield GlobalBatch(batches, tokens=tokens, samples=sum(sizes), epoch=epoch)
 
     def sample_indices(self, step: int) -> list[int]:
         """Samples of one step, in order; for tools that show or check what a step trains on."""
-        return [index for micro_batch in self._micro_batches(step) for index in micro_batch]
+        return [index for micro_batch in self._order.micro_batches(step) for index in micro_batch]
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What the data was when `step` steps were done; the position itself is the step."""
+        """What the data and their order were when `step` steps were done; the position itself is the step."""
         return {
             "fingerprint": self._dataset.fingerprint,
-            "samples_per_epoch": len(self._dataset),
-            "global_batch": self._global_batch,
+            "samples": len(self._dataset),
+            "order": dict(self._order.describe()),
             "step": step,
         }
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse to go on with other data than `state` was saved with.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse to go on with other data than `state` was saved with; `batches(step)` reaches any step by itself.
 
         Raises:
-            DataError: the samples, their number or the samples a step differ.
+            DataError: the samples, their number or their order differ, or the data was streamed.
         """
-        if state["fingerprint"] != self._dataset.fingerprint or state["samples_per_epoch"] != len(self._dataset):
+        if "order" not in state:
             raise DataError(
-                f"the data is not what this run was trained on: {state['samples_per_epoch']} samples, fingerprint "
+                "this run was trained on streamed data: keep data.streaming: true, or start a new run in another "
+                "output_dir"
+            )
+        if state["fingerprint"] != self._dataset.fingerprint or state["samples"] != len(self._dataset):
+            raise DataError(
+                f"the data is not what this run was trained on: {state['samples']} samples, fingerprint "
                 f"{state['fingerprint'][:12]}, then; {len(self._dataset)} samples, {self._dataset.fingerprint[:12]}, "
-                "now. The documents, their split, the tokenizer, data.max_seq_len or data.overlong changed: restore "
-                "them, or start a new run in another output_dir"
+                "now. The documents, their split, the tokenizer, data.max_seq_len, data.overlong or data.packing "
+                "changed: restore them, or start a new run in another output_dir"
             )
-        if state["global_batch"] != self._global_batch:
-            raise DataError(
-                f"this run was trained with {state['global_batch']} samples a step, now it would be "
-                f"{self._global_batch}: keep training.train_batch_size x training.grad_accum_steps as it was"
-            )
-
-    def _samples_in(self, step: int) -> int:
-        done_in_epoch = (step % self.steps_per_epoch) * self._global_batch
-        return min(self._global_batch, len(self._dataset) - done_in_epoch)
-
-    def _micro_batches(self, step: int) -> list[list[int]]:
-        """Sample indices of every micro-batch of a step: a pure function of the step."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = KeyedPermutation(len(self._dataset), derive_seed(self._seed, "order", epoch))
-        first = step_in_epoch * self._global_batch
-        indices = order(np.arange(first, first + self._samples_in(step), dtype=np.int64)).tolist()
-        size = self._micro_batch_size
-        return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-    def _gather(self, step: int, micro_batches: Iterator[Batch]) -> GlobalBatch:
-        samples = self._samples_in(step)
-        batches = [next(micro_batches) for _ in range(-(-samples // self._micro_batch_size))]
-        tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
-        return GlobalBatch(batches, tokens=tokens, samples=samples, epoch=step // self.steps_per_epoch)
+        now = dict(self._order.describe())
+        if state["order"] != now:
+            raise DataError(_order_change(state["order"], now))
 
 
 class EvalLoader:
@@ -184,7 +150,14 @@ class EvalLoader:
     ) -> None:
         sampler = _SequentialSampler(len(dataset), batch_size)
         self._batches = len(sampler)
-        self._loader = _data_loader(dataset, collate, sampler, workers, pin_memory, workers.persistent)
+        self._loader = torch_loader(
+            _TorchDataset(dataset),
+            workers,
+            pin_memory=pin_memory,
+            persistent=workers.persistent,
+            sampler=sampler,
+            collate=collate,
+        )
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -194,27 +167,40 @@ class EvalLoader:
         """The batches, from the first one.
 
         Raises:
-            DataError: a sample cannot be read, or a loader process died.
+            DataError: a sample cannot be read, or a loader process died or hangs.
         """
-        return _read(self._loader)
+        return read_batches(self._loader)
+
+
+def supervised_tokens(batch: Batch) -> int:
+    """Labels of a micro-batch that the loss counts; of images, their number."""
+    return int(np.count_nonzero(batch["labels"].numpy() != IGNORED_LABEL))  # twice as fast as torch for one batch
 
 
 class _StepSampler:
-    """Index lists of all micro-batches from `start_step` on, without end."""
+    """Requests of all micro-batches from `start_step` on, without end.
 
-    def __init__(self, micro_batches: Callable[[int], list[list[int]]], start_step: int) -> None:
-        self._micro_batches = micro_batches
+    `steps` holds epoch and sizes of the micro-batches of every step that was begun; loaders run ahead of the trainer.
+    """
+
+    def __init__(self, order: BatchOrder, start_step: int) -> None:
+        self._order = order
         self._start_step = start_step
+        self.steps: deque[tuple[int, list[int]]] = deque()
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Request]:
         step = self._start_step
         while True:
-            yield from self._micro_batches(step)
+            epoch = step // self._order.steps_per_epoch
+            micro_batches = self._order.micro_batches(step)
+            self.steps.append((epoch, [len(indices) for indices in micro_batches]))
+            for indices in micro_batches:
+                yield epoch, indices
             step += 1
 
 
 class _SequentialSampler:
-    """Index lists of consecutive samples."""
+    """Requests of consecutive samples."""
 
     def __init__(self, samples: int, batch_size: int) -> None:
         self._samples = samples
@@ -223,110 +209,30 @@ class _SequentialSampler:
     def __len__(self) -> int:
         return -(-self._samples // self._batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Request]:
         for start in range(0, self._samples, self._batch_size):
-            yield list(range(start, min(start + self._batch_size, self._samples)))
+            yield 0, list(range(start, min(start + self._batch_size, self._samples)))
 
 
-class _TorchDataset(Dataset[Sample]):
-    """A SampleDataset as torch wants it."""
+class _TorchDataset(Dataset[AnySample]):
+    """A SampleDataset as torch wants it: a micro-batch is fetched at once."""
 
     def __init__(self, dataset: SampleDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._dataset[index]
+    def __getitems__(self, request: Request) -> list[AnySample]:
+        epoch, indices = request
+        read = self._dataset.read
+        return [read(index, epoch) for index in indices]
 
 
-def _data_loader(
-    dataset: SampleDataset,
-    collate: Collator,
-    sampler: _StepSampler | _SequentialSampler,
-    workers: WorkerSettings,
-    pin_memory: bool,
-    persistent: bool,
-) -> DataLoader[Sample]:
-    processes = workers.num_workers
-    return DataLoader(
-        _TorchDataset(dataset),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=processes,
-        prefetch_factor=workers.prefetch_factor if processes else None,
-        persistent_workers=persistent and processes > 0,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
-        # Its own generator: without one every new iterator draws from torch's global random state.
-        generator=torch.Generator().manual_seed(0),
+def _order_change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says which value of the order's description changed, and what to keep for it."""
+    kinds_differ = then["kind"] != now["kind"]
+    changed = ["kind"] if kinds_differ else [key for key in now if then[key] != now[key]]
+    values = "; ".join(f"{key} {then[key]} then, {now[key]} now" for key in changed)
+    keep = " and ".join(ORDER_KEYS[key] for key in changed)
+    return (
+        f"the order of the samples is not what this run was trained with: {values}. Keep {keep} as it was, or start a "
+        "new run in another output_dir"
     )
-
-
-def _leave_signals_to_parent(_worker: int) -> None:
-    """A Ctrl-C or SIGTERM reaches the whole process group; the training process decides, and ends its loaders."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _read(loader: DataLoader[Sample]) -> Generator[Batch, None, None]:
-    """One pass over a loader: failures become DataErrors, and processes that should be gone at the end are."""
-    iterator, workers = _start(loader)
-    try:
-        while True:
-            _check_alive(workers)
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except SAMPLE_ERRORS as error:
-                _await_death(workers)
-                _check_alive(workers)
-                raise DataError(f"a sample cannot be read: {type(error).__name__}: {error}") from error
-            yield batch
-    finally:
-        if isinstance(iterator, _MultiProcessingDataLoaderIter) and not loader.persistent_workers:
-            # Dropping the last reference would do the same, but the traceback of an error holds another one.
-            iterator._shutdown_workers()
-            _end(workers)
-
-
-def _start(loader: DataLoader[Sample]) -> tuple[_BaseDataLoaderIter, Sequence[BaseProcess]]:
-    """Iterator of the loader and the processes it started.
-
-    torch installs a SIGCHLD handler that raises wherever the main thread happens to be when a loader process dies, in
-    the middle of an optimizer step for example. It is taken out again: a dead process is noticed at the next batch.
-    """
-    before = set(multiprocessing.active_children())
-    handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
-    workers = [child for child in multiprocessing.active_children() if child not in before]
-    _live_workers.update(workers)
-    return iterator, workers
-
-
-def _await_death(workers: Sequence[BaseProcess]) -> None:
-    """Give a process that is just dying the time to count as dead, so that it is named as the cause."""
-    dying = multiprocessing.connection.wait([worker.sentinel for worker in workers], DEATH_NOTICE_S)
-    for worker in workers:
-        if worker.sentinel in dying:
-            worker.join()
-
-
-def _check_alive(workers: Sequence[BaseProcess]) -> None:
-    for number, worker in enumerate(workers):
-        if not worker.is_alive():
-            code = worker.exitcode or 0
-            cause = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended ({code})"
-            raise DataError(
-                f"data loader process {number} (pid {worker.pid}) {cause}; if memory ran out, lower data.num_workers "
-                "or data.prefetch_factor, then resume the run"
-            )
-
-
-def _end(workers: Sequence[BaseProcess]) -> None:
-    """Kill what torch could not stop: a process that hangs ignores the SIGTERM it sends after five seconds."""
-    for worker in workers:
-        worker.kill()
-        worker.join()
-        _live_workers.discard(worker)

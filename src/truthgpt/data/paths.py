@@ -10,7 +10,7 @@ from pathlib import Path
 from truthgpt.errors import DataError
 
 
-def resolve_files(patterns: Sequence[str], suffix: str | None = None) -> list[Path]:
+def resolve_files(patterns: Sequence[str], suffix: str | tuple[str, ...] | None = None) -> list[Path]:
     """Files that `patterns` name, each once, in the order of the patterns and sorted by path within each.
 
     A pattern is a file, a folder (all files below it; hidden ones, whose name starts with a dot, are left out), or a
@@ -18,7 +18,8 @@ def resolve_files(patterns: Sequence[str], suffix: str | None = None) -> list[Pa
 
     Args:
         patterns: files, folders or globs, relative to the working directory.
-        suffix: within a folder take only the files that end so, for example `.jsonl`; None takes all.
+        suffix: within a folder take only the files that end so, for example `.jsonl`, or in one of several ways;
+            None takes all.
 
     Raises:
         DataError: a pattern that matches no file, or no pattern at all.
@@ -27,7 +28,7 @@ def resolve_files(patterns: Sequence[str], suffix: str | None = None) -> list[Pa
     for pattern in patterns:
         matches = list(_match(Path(pattern).expanduser(), suffix))
         if not matches:
-            wanted = f"no {suffix} file" if suffix else "no file"
+            wanted = f"no {suffix if isinstance(suffix, str) else ' or '.join(suffix)} file" if suffix else "no file"
             raise DataError(
                 f"data path {pattern!r}: {wanted} found (working directory {Path.cwd()}); give an existing file, "
                 "a folder with files in it, or a glob such as 'texts/**/*.txt'"
@@ -46,7 +47,7 @@ def file_keys(files: Sequence[Path]) -> list[str]:
     return [file.relative_to(common).as_posix() for file in resolved]
 
 
-def _match(path: Path, suffix: str | None) -> Iterator[Path]:
+def _match(path: Path, suffix: str | tuple[str, ...] | None) -> Iterator[Path]:
     """Files of one pattern, sorted. An existing path wins over its reading as a glob (`notes[1].txt`)."""
     # Path.glob takes no absolute pattern and lets `*` match hidden files.
     names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
@@ -57,7 +58,7 @@ def _match(path: Path, suffix: str | None) -> Iterator[Path]:
             yield match
 
 
-def _files_below(folder: Path, suffix: str | None) -> list[Path]:
+def _files_below(folder: Path, suffix: str | tuple[str, ...] | None) -> list[Path]:
     return sorted(
         file
         for file in folder.rglob("*")

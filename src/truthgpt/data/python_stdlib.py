@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from truthgpt.data.base import Document, Segment
+from truthgpt.data.file_identity import stat_identity
 from truthgpt.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ class PythonStdlib:
                 f"0 usable documents in {root}: this Python comes without the source of its standard library; "
                 "use another Python, or data.source: text with data.path"
             )
+
+    def identity(self) -> str:
+        """Version of this Python, and paths, sizes and times of the files."""
+        root = Path(sysconfig.get_path("stdlib"))
+        return f"python_stdlib {sys.version} {stat_identity([root / key for key in stdlib_files(root)])}"
 
 
 def stdlib_files(root: Path) -> list[str]:

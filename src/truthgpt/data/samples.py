@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import logging
-from collections.abc import Iterable
-from itertools import islice
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from truthgpt.data.base import IGNORED_LABEL, Document, Sample
-from truthgpt.data.token_store import TokenStore
+from truthgpt.data.base import IGNORED_LABEL, AnySample, Document, Sample, SampleDataset
 from truthgpt.errors import DataError
+
+if TYPE_CHECKING:
+    from truthgpt.data.token_store import TokenStore
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +41,24 @@ class BlockDataset:
         if len(store) < 2:
             raise DataError(f"the data has {len(store)} tokens; at least 2 are needed to predict one")
         self.fingerprint = _fingerprint(store, "stream", max_seq_len)
-        self._store = store
+        self._reader = _TokenReader(store)
+        self._tokens = len(store)
         self._max_seq_len = max_seq_len
 
     def __len__(self) -> int:
-        return -(-(len(self._store) - 1) // self._max_seq_len)
+        return -(-(self._tokens - 1) // self._max_seq_len)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Block `index`; `(T,)`, the last one `(<= T,)`."""
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Input tokens of every sample, `(samples,)`."""
+        lengths = np.full(len(self), self._max_seq_len, dtype=np.int32)
+        lengths[-1] = self._tokens - 1 - (len(self) - 1) * self._max_seq_len
+        return lengths
+
+    def read(self, index: int, epoch: int = 0) -> Sample:
+        """Block `index`; `(T,)`, the last one `(<= T,)`; the same in every epoch."""
         start = range(len(self))[index] * self._max_seq_len
-        return _read_sample(self._store, start, min(start + self._max_seq_len + 1, len(self._store)))
+        return self._reader.sample(start, min(start + self._max_seq_len + 1, self._tokens))
 
 
 class RowDataset:
@@ -69,7 +81,8 @@ class RowDataset:
         self, store: TokenStore, max_seq_len: int, overlong: Overlong, documents: Iterable[Document] | None = None
     ) -> None:
         self.fingerprint = _fingerprint(store, f"rows {overlong}", max_seq_len)
-        self._store = store
+        self._rows = store.meta.documents
+        self._reader = _TokenReader(store)
         lengths = np.diff(store.offsets)
         too_long = lengths > max_seq_len + 1
         self.overlong_rows = int(too_long.sum())
@@ -81,19 +94,20 @@ class RowDataset:
         self.unsupervised_samples = int((~supervised).sum())
         """Samples left out because the loss counts none of their tokens."""
         self._starts = starts[supervised]
-        self._lengths = lengths[supervised].astype(np.int32)
+        self.lengths: npt.NDArray[np.int32] = (lengths[supervised] - 1).astype(np.int32)
+        """Input tokens of every sample, `(samples,)`."""
         self._report(max_seq_len, overlong)
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index`, `(<= max_seq_len,)`."""
+    def read(self, index: int, epoch: int = 0) -> Sample:
+        """Sample `index`, `(<= max_seq_len,)`; the same in every epoch."""
         start = int(self._starts[index])
-        return _read_sample(self._store, start, start + int(self._lengths[index]))
+        return self._reader.sample(start, start + int(self.lengths[index]) + 1)
 
     def _report(self, max_seq_len: int, overlong: Overlong) -> None:
-        rows = self._store.meta.documents
+        rows = self._rows
         if self.overlong_rows:
             done = {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong]
             level = logging.INFO if overlong == "split" else logging.WARNING
@@ -112,6 +126,59 @@ class RowDataset:
                 f"(data.overlong: {overlong}), {self.unsupervised_samples} samples have no token the loss counts; "
                 "raise data.max_seq_len or set data.train_on: all"
             )
+
+
+class ConcatenatedDataset:
+    """Several datasets as one: the samples of the first, then those of the second, and so on.
+
+    Raises:
+        ValueError: no dataset.
+    """
+
+    def __init__(self, datasets: Sequence[SampleDataset]) -> None:
+        if not datasets:
+            raise ValueError("at least one dataset is needed")
+        digests = " ".join(dataset.fingerprint for dataset in datasets)
+        self.fingerprint = hashlib.sha256(f"concatenated {digests}".encode()).hexdigest()
+        self._datasets = list(datasets)
+        self._ends = list(accumulate(len(dataset) for dataset in datasets))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, index: int, epoch: int = 0) -> AnySample:
+        """Sample `index`, counted over all datasets."""
+        place = range(len(self))[index]
+        number = bisect.bisect_right(self._ends, place)
+        dataset = self._datasets[number]
+        return dataset.read(place - self._ends[number] + len(dataset), epoch)
+
+
+class _TokenReader:
+    """Samples out of a store. Keeps plain views of its arrays: slicing a memmap costs several times as much."""
+
+    def __init__(self, store: TokenStore) -> None:
+        self._store = store
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_store": self._store}
+
+    def sample(self, start: int, end: int) -> Sample:
+        """Tokens `start` to `end`: all but the last are inputs, all but the first labels."""
+        tokens = self._tokens[start:end].astype(np.int64)
+        trained = self._trained
+        if trained is None:
+            return {"input_ids": tokens[:-1], "labels": tokens[1:]}
+        labels = np.where(trained[start + 1 : end], tokens[1:], IGNORED_LABEL)
+        return {"input_ids": tokens[:-1], "labels": labels}
+
+    @cached_property
+    def _tokens(self) -> npt.NDArray[np.uint16 | np.uint32]:
+        return np.asarray(self._store.tokens)
+
+    @cached_property
+    def _trained(self) -> npt.NDArray[np.bool_] | None:
+        return None if self._store.trained is None else np.asarray(self._store.trained).view(np.bool_)
 
 
 def _windows(offsets: Int64Array, max_seq_len: int, overlong: Overlong) -> tuple[Int64Array, Int64Array]:
@@ -148,15 +215,6 @@ def _refuse(row: int, lengths: Int64Array, max_seq_len: int, documents: Iterable
         f"{place}: {lengths[row] - 1} tokens, data.max_seq_len is {max_seq_len}; raise it, or set data.overlong to "
         "truncate, split or drop"
     )
-
-
-def _read_sample(store: TokenStore, start: int, end: int) -> Sample:
-    """Tokens `start` to `end`: all but the last are inputs, all but the first labels."""
-    tokens = store.tokens[start:end].astype(np.int64)
-    labels = tokens[1:].copy()
-    if store.trained is not None:
-        labels[store.trained[start + 1 : end] == 0] = IGNORED_LABEL
-    return {"input_ids": tokens[:-1], "labels": labels}
 
 
 def _fingerprint(store: TokenStore, layout: str, max_seq_len: int) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from truthgpt.data.base import Document, Source
+from truthgpt.data.source_index import SourceIndex, index_source, source_identity
 from truthgpt.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,14 @@ class DocumentSet:
         source: where the documents come from.
         chosen: which of them belong to the set, bool `(documents of the source,)`.
         digest: fingerprint of the set: changes with any document or with the choice.
+        identity: what the source said of itself when its documents were counted; None when it cannot.
     """
 
-    def __init__(self, source: Source, chosen: npt.NDArray[np.bool_], digest: str) -> None:
+    def __init__(self, source: Source, chosen: npt.NDArray[np.bool_], digest: str, identity: str | None) -> None:
         self.digest = digest
         self._source = source
         self._chosen = chosen
+        self._identity = identity
         self._length = int(chosen.sum())
 
     def __len__(self) -> int:
@@ -42,20 +45,24 @@ class DocumentSet:
         """The documents.
 
         Raises:
-            DataError: the source has more or fewer documents than when the set was made.
+            DataError: the source is not the one the set was made of: more or fewer documents, or another identity.
         """
         total = len(self._chosen)
         before = False
         count = 0
+        where = "the data source"
         for count, document in enumerate(self._source.documents(), start=1):
             if count > total:
-                break
+                raise _changed(document.where, f"a document behind the {total} there were")
+            where = document.where
             chosen = bool(self._chosen[count - 1])
             if chosen:
                 yield replace(document, continues=False) if document.continues and not before else document
             before = chosen
-        if count != total:
-            raise DataError(f"the data changed while it was being read: it had {total} documents; start the run again")
+        if count < total:
+            raise _changed(where, f"the last of {count} documents, there were {total}")
+        if source_identity(self._source) != self._identity:
+            raise _changed("the data source", "a file has another size or time than at the start")
 
 
 @dataclass(frozen=True)
@@ -67,32 +74,42 @@ class Split:
     digest: str
 
 
-def split_documents(source: Source, validation_fraction: float, validation_source: Source | None = None) -> Split:
-    """Read the source once and hold out documents for validation.
+def split_documents(
+    source: Source,
+    validation_fraction: float,
+    validation_source: Source | None = None,
+    cache_dir: Path | None = None,
+) -> Split:
+    """Hold out documents for validation; reads the source once, or not at all when its index is in the cache.
 
     The `round(fraction * documents)` documents with the smallest SHA-256 of their key are held out, at least one and
     never all, so the choice depends neither on their order nor on a seed. A source of one document, or a fraction of
     0, gives no validation set. With a `validation_source` nothing is held out. Memory: about 20 bytes a document.
 
+    Args:
+        source: where the documents come from.
+        validation_fraction: share of them that is held out.
+        validation_source: validation documents of their own.
+        cache_dir: folder of all caches; None: the source is read at every call.
+
     Raises:
         DataError: no document at all, or whatever the source raises.
     """
-    hashes, digest = _hash_documents(source)
+    index = index_source(source, cache_dir)
+    everything = np.ones(len(index.hashes), dtype=np.bool_)
     if validation_source is not None:
-        validation_hashes, validation_digest = _hash_documents(validation_source)
+        other = index_source(validation_source, cache_dir)
         return Split(
-            train=_document_set(source, np.ones(len(hashes), dtype=np.bool_), digest),
-            validation=_document_set(
-                validation_source, np.ones(len(validation_hashes), dtype=np.bool_), validation_digest
-            ),
-            digest=hashlib.sha256(f"{digest} {validation_digest}".encode()).hexdigest(),
+            train=_document_set(source, everything, index),
+            validation=_document_set(validation_source, np.ones(len(other.hashes), dtype=np.bool_), other),
+            digest=hashlib.sha256(f"{index.digest} {other.digest}".encode()).hexdigest(),
         )
-    held_out = _held_out_count(len(hashes), validation_fraction)
+    held_out = _held_out_count(len(index.hashes), validation_fraction)
     if held_out == 0:
-        return Split(_document_set(source, np.ones(len(hashes), dtype=np.bool_), digest), None, digest)
-    chosen = np.zeros(len(hashes), dtype=np.bool_)
-    chosen[np.argsort(hashes, kind="stable")[:held_out]] = True
-    return Split(_document_set(source, ~chosen, digest), _document_set(source, chosen, digest), digest)
+        return Split(_document_set(source, everything, index), None, index.digest)
+    chosen = np.zeros(len(index.hashes), dtype=np.bool_)
+    chosen[np.argsort(index.hashes, kind="stable")[:held_out]] = True
+    return Split(_document_set(source, ~chosen, index), _document_set(source, chosen, index), index.digest)
 
 
 def _held_out_count(documents: int, fraction: float) -> int:
@@ -106,29 +123,10 @@ def _held_out_count(documents: int, fraction: float) -> int:
     return min(max(round(fraction * documents), 1), documents - 1)
 
 
-def _hash_documents(source: Source) -> tuple[npt.NDArray[np.uint64], str]:
-    """First 64 bits of each key's SHA-256, and the SHA-256 of all keys and contents."""
-    hashes = array("Q")
-    content = hashlib.sha256()
-    for document in source.documents():
-        key = document.key.encode()
-        hashes.append(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
-        _add(content, key)
-        content.update(bytes([document.continues, len(document.segments) & 0xFF]))
-        for segment in document.segments:
-            _add(content, segment.text.encode())
-            content.update(bytes([segment.trained]))
-    if not hashes:
-        raise DataError("0 usable documents: the data source yields none; check data.source and data.path")
-    return np.frombuffer(hashes, dtype=np.uint64), content.hexdigest()
+def _document_set(source: Source, chosen: npt.NDArray[np.bool_], index: SourceIndex) -> DocumentSet:
+    digest = hashlib.sha256(index.digest.encode() + np.packbits(chosen).tobytes()).hexdigest()
+    return DocumentSet(source, chosen, digest, index.identity)
 
 
-def _add(digest: hashlib._Hash, data: bytes) -> None:
-    """Add `data` with its length in front, so that no two lists of texts run together into the same bytes."""
-    digest.update(len(data).to_bytes(8, "little"))
-    digest.update(data)
-
-
-def _document_set(source: Source, chosen: npt.NDArray[np.bool_], content_digest: str) -> DocumentSet:
-    digest = hashlib.sha256(content_digest.encode() + np.packbits(chosen).tobytes()).hexdigest()
-    return DocumentSet(source, chosen, digest)
+def _changed(where: str, how: str) -> DataError:
+    return DataError(f"{where}: the data changed while it was being read ({how}); start the run again")

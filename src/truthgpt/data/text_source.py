@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from truthgpt.data.base import Document, Segment
+from truthgpt.data.base import SHARD_START, Cursor, Document, Segment
+from truthgpt.data.file_identity import content_fingerprint, stat_identity
 from truthgpt.data.paths import file_keys, resolve_files
 from truthgpt.errors import DataError
 
@@ -23,7 +24,8 @@ class TextSource:
     The pieces of a lone file are `size / 100` bytes, at least 256 bytes and at most 64 KiB, plus the rest of the last
     line: 1 MB gives about 100 documents, 5 KB about 20. Pieces that follow each other are marked `continues`: the text
     is joined again, without an end-of-text token, wherever both are in the same split. A byte-order mark is dropped
-    and CRLF read as LF; everything else is kept as it is. Files of white space only are left out.
+    and CRLF read as LF; everything else is kept as it is. Files of white space only are left out. As a stream, each
+    file is a shard.
 
     Args:
         paths: files, folders (all files below) or globs.
@@ -36,6 +38,7 @@ class TextSource:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._files = resolve_files(paths)
+        self._keys = file_keys(self._files)
 
     def documents(self) -> Iterator[Document]:
         """All documents in order.
@@ -44,9 +47,8 @@ class TextSource:
             DataError: a file that cannot be read or is not UTF-8 (with the byte offset), or no text at all.
         """
         usable = 0
-        pieces = self._cut_file() if len(self._files) == 1 else self._whole_files()
-        for document in pieces:
-            if document.text.strip():
+        for shard in range(len(self._files)):
+            for document, _ in self.read(shard):
                 usable += 1
                 yield document
         if usable == 0:
@@ -54,21 +56,50 @@ class TextSource:
             more = f" and {len(self._files) - 1} more files" if len(self._files) > 1 else ""
             raise DataError(f"0 usable documents in {first}{more}: there is only white space; set data.path to text")
 
-    def _whole_files(self) -> Iterator[Document]:
-        for path, key in zip(self._files, file_keys(self._files), strict=True):
-            with _open(path) as file:
-                text = _decode(file.read(), path, offset=0)
-            yield Document(key, (Segment(text),), where=str(path))
+    def identity(self) -> str:
+        """Paths, sizes and times of the files."""
+        return f"text {stat_identity(self._files)}"
 
-    def _cut_file(self) -> Iterator[Document]:
-        path = self._files[0]
+    def shards(self) -> Sequence[str]:
+        """The files."""
+        return [str(path) for path in self._files]
+
+    def read(self, shard: int, cursor: Cursor = SHARD_START) -> Iterator[tuple[Document, Cursor]]:
+        """Documents of one file from `cursor` on: (byte offset, pieces before).
+
+        Raises:
+            DataError: as `documents` does.
+        """
+        path = self._files[shard]
+        documents = self._cut_file(path, cursor) if len(self._files) == 1 else self._whole_file(shard, cursor)
+        for document, after in documents:
+            if document.text.strip():
+                yield document, after
+
+    def fingerprint(self) -> str:
+        """Digest of the files' names, sizes and contents."""
+        return content_fingerprint(self._files)
+
+    def _whole_file(self, shard: int, cursor: Cursor) -> Iterator[tuple[Document, Cursor]]:
+        if cursor != SHARD_START:
+            return
+        path = self._files[shard]
+        with _open(path) as file:
+            text = _decode(file.read(), path, offset=0)
+            end = file.tell()
+        yield Document(self._keys[shard], (Segment(text),), where=str(path)), (end, 1)
+
+    def _cut_file(self, path: Path, cursor: Cursor) -> Iterator[tuple[Document, Cursor]]:
+        offset, index = cursor or (0, 0)
         with _open(path) as file:
             piece_bytes = min(max(path.stat().st_size // PIECES, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
-            offset = 0
-            for index, piece in enumerate(_whole_line_pieces(file, piece_bytes)):
+            file.seek(offset)
+            for piece in _whole_line_pieces(file, piece_bytes):
                 text = _decode(piece, path, offset)
-                yield Document(f"{path.name}#{index}", (Segment(text),), f"{path} (byte {offset})", continues=index > 0)
-                offset += len(piece)
+                where = f"{path} (byte {offset})"
+                document = Document(f"{path.name}#{index}", (Segment(text),), where, continues=index > 0)
+                offset, index = offset + len(piece), index + 1
+                yield document, (offset, index)
 
 
 def _open(path: Path) -> BinaryIO:

@@ -6,39 +6,42 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
 from array import array
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from truthgpt.data.parallel_encoding import parallel_runs
+from truthgpt.data.source_index import cache_errors, exclusive_maker, new_folder, write_synced
 from truthgpt.data.split import DocumentSet
-from truthgpt.data.tokenization import SpecialFrame, TokenRun, special_frame, tokenize
-from truthgpt.errors import DataError, RunDirectoryError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from truthgpt.data.tokenization import DocumentEncoder, TokenRun
+from truthgpt.errors import DataError
+from truthgpt.runtime.task_progress import task_progress
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-"""Part of every cache key: a change of the files' layout or of how documents become tokens raises it."""
-PROGRESS_INTERVAL_S = 5.0
-ABANDONED_AFTER_S = 3600.0
-"""A temporary folder in which nothing was written for so long belongs to a killed process and is removed."""
+FORMAT_VERSION = 2
+"""Part of every cache key: a change of the files' layout raises it."""
+WRITE_TOKENS = 2**18
+"""Tokens collected before they are written."""
 
 TOKENS_FILE = "tokens.bin"
 TRAINED_FILE = "trained.bin"
 OFFSETS_FILE = "offsets.bin"
 META_FILE = "meta.json"
+
+PROBLEMS = {
+    "double_bos": "the text itself begins with the begin-of-text token that the tokenizer adds; one of the two is kept",
+    "missing_eos": "the chat template puts no end-of-text token behind the last answer; one was added",
+}
+"""What the problems of a run mean, for the log."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class StoreMeta:
     tokens: int
     trained_tokens: int
     largest_token_id: int
+    problems: dict[str, int]
+    """Documents that have each of the problems of `TokenRun.problems`."""
 
     def file_sizes(self) -> dict[str, int]:
         """Bytes each file must have. Without untrained tokens there is no mask file."""
@@ -62,7 +67,7 @@ class StoreMeta:
 
 
 class TokenStore:
-    """Tokens of all documents, one after the other, each closed by an end-of-text token.
+    """Tokens of all documents, one after the other, each closed by its end-of-text token.
 
     Arrays are mapped on first use and never pickled, so a store costs a loader process nothing.
 
@@ -114,156 +119,150 @@ def default_cache_dir() -> Path:
 
 
 def tokenize_documents(
-    documents: DocumentSet, tokenizer: PreTrainedTokenizerFast, vocab_size: int, cache_dir: Path
+    documents: DocumentSet, encoder: DocumentEncoder, cache_dir: Path, processes: int = 1
 ) -> TokenStore:
     """Tokens of `documents`, from the cache when they were made before.
 
-    A document is tokenised segment by segment. Before the first comes what the tokenizer itself puts there (a
-    beginning-of-text token, if it has the habit), behind the last the end-of-text token, which is trained. Pieces that
-    continue each other are one document. The store is written in a folder of its own and renamed whole: a killed or a
-    second writer never leaves half a store.
+    Behind each document come the ids that close it. Pieces that continue each other are one document. The store is
+    written in a folder of its own and renamed whole: a killed writer never leaves half a store. Of two processes that
+    want the same store one makes it and the other waits.
 
     Args:
         documents: what to tokenise.
-        tokenizer: a fast tokenizer with an end-of-text token.
-        vocab_size: number of the model's token ids; decides between 2 and 4 bytes a token.
-        cache_dir: folder of all stores, made if missing.
+        encoder: turns documents into ids; its number of token ids decides between 2 and 4 bytes a token.
+        cache_dir: folder of all caches, made if missing.
+        processes: tokenising processes; the store does not depend on their number.
 
     Raises:
-        DataError: a token id the model does not have, an unusable tokenizer, or whatever the source raises.
+        DataError: a token id the model does not have, or whatever the source and the encoder raise.
         RunDirectoryError: the cache cannot be written, or its disk is full.
     """
-    frame = special_frame(tokenizer)
-    _check_largest(max(*frame.prefix, frame.end_of_text, 0), vocab_size)
-    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    identity = [str(FORMAT_VERSION), documents.digest, tokenizer_digest(tokenizer), repr(frame), dtype]
+    dtype = "uint16" if encoder.vocab_size <= 2**16 else "uint32"
+    identity = [str(FORMAT_VERSION), documents.digest, encoder.digest, dtype]
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()
     folder = cache_dir / "tokens" / digest[:32]
     store = _open_cached(folder)
     if store is None:
-        runs = _with_progress(tokenize(documents, tokenizer, vocab_size), len(documents))
-        store = _write_store(folder, runs, frame, digest, dtype)
-    _check_largest(store.meta.largest_token_id, vocab_size)
+        with exclusive_maker(folder, "tokenizing the same documents"):
+            store = _open_cached(folder)
+            if store is None:
+                _warn_if_damaged(folder)
+                with closing(parallel_runs(encoder, documents, processes)) as runs:
+                    store = _write_store(folder, _with_progress(runs, len(documents)), digest, dtype)
+    _check_largest(store.meta.largest_token_id, encoder.vocab_size)
+    _report_problems(store.meta)
     return store
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of everything that decides how the tokenizer cuts text (its `tokenizer.json`)."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 class _StoreWriter:
-    """Writes the files of a store into an empty folder."""
+    """Writes the files of the store that shall be `folder` into the empty folder `temporary`."""
 
-    def __init__(self, folder: Path, frame: SpecialFrame, dtype: str) -> None:
+    def __init__(self, folder: Path, temporary: Path, dtype: str) -> None:
         self._folder = folder
-        self._prefix = np.array(frame.prefix, dtype=np.int64)
-        self._end_of_text = np.array([frame.end_of_text], dtype=np.int64)
+        self._temporary = temporary
         self._dtype = dtype
         self._offsets = array("q")
+        self._end: tuple[int, ...] = ()
+        self._ids: list[npt.NDArray[np.int64]] = []
+        self._trained: list[npt.NDArray[np.bool_]] = []
+        self._unwritten = 0
         self._tokens = 0
         self._trained_tokens = 0
         self._largest = 0
+        self._problems: Counter[str] = Counter()
         with ExitStack() as files:
-            self._tokens_file = files.enter_context((folder / TOKENS_FILE).open("wb"))
-            self._trained_file = files.enter_context((folder / TRAINED_FILE).open("wb"))
+            self._tokens_file = files.enter_context((temporary / TOKENS_FILE).open("wb"))
+            self._trained_file = files.enter_context((temporary / TRAINED_FILE).open("wb"))
             self._files = files.pop_all()
 
     def add(self, run: TokenRun) -> None:
-        """Append a run; one that opens a document closes the document before."""
+        """Append a run; one that opens a document closes the one before. RunDirectoryError when the disk is full."""
         if run.opens:
             self._close_document()
             self._offsets.append(self._tokens)
-            self._append(self._prefix, run.trained)
         self._append(run.ids, run.trained)
+        self._end = run.end
+        self._problems.update(run.problems)
+        if self._unwritten >= WRITE_TOKENS:
+            self._write()
 
     def finish(self, digest: str) -> None:
-        """Close the last document and put everything on disk, `meta.json` last."""
+        """Close the last document and put everything on disk, `meta.json` last. Raises as `add`."""
         self._close_document()
+        self._write()
         documents = len(self._offsets)
         self._offsets.append(self._tokens)
-        with self._files:
-            for file in (self._tokens_file, self._trained_file):
-                file.flush()
-                os.fsync(file.fileno())
-        if self._trained_tokens == self._tokens:
-            (self._folder / TRAINED_FILE).unlink()
-        _write_synced(self._folder / OFFSETS_FILE, self._offsets.tobytes())
-        meta = StoreMeta(digest, self._dtype, documents, self._tokens, self._trained_tokens, self._largest)
-        _write_synced(self._folder / META_FILE, json.dumps(asdict(meta)).encode())
+        with cache_errors(self._folder):
+            with self._files:
+                for file in (self._tokens_file, self._trained_file):
+                    file.flush()
+                    os.fsync(file.fileno())
+            if self._trained_tokens == self._tokens:
+                (self._temporary / TRAINED_FILE).unlink()
+            write_synced(self._temporary / OFFSETS_FILE, self._offsets.tobytes())
+            counts = (documents, self._tokens, self._trained_tokens, self._largest)
+            meta = StoreMeta(digest, self._dtype, *counts, problems=dict(sorted(self._problems.items())))
+            write_synced(self._temporary / META_FILE, json.dumps(asdict(meta)).encode())
 
     def close(self) -> None:
-        """Give the open files back, finished or not."""
-        self._files.close()
+        """Give the open files back, finished or not. Raises as `add`."""
+        with cache_errors(self._folder):
+            self._files.close()
 
     def _close_document(self) -> None:
-        if self._offsets:
-            self._append(self._end_of_text, trained=True)
+        if self._end:
+            self._append(np.array(self._end, dtype=np.int64), trained=True)
 
-    def _append(self, ids: npt.NDArray[np.int64], trained: bool) -> None:
-        if ids.size == 0:
-            return
-        self._tokens_file.write(ids.astype(self._dtype).tobytes())
-        self._trained_file.write((b"\1" if trained else b"\0") * ids.size)
+    def _append(self, ids: npt.NDArray[np.int64], trained: bool | npt.NDArray[np.bool_]) -> None:
+        self._ids.append(ids)
+        self._trained.append(trained if isinstance(trained, np.ndarray) else np.full(ids.size, trained, np.bool_))
         self._tokens += ids.size
-        self._trained_tokens += ids.size if trained else 0
-        self._largest = max(self._largest, int(ids.max()))
+        self._unwritten += ids.size
+
+    def _write(self) -> None:
+        """Write what is collected."""
+        if self._unwritten:
+            ids, trained = np.concatenate(self._ids), np.concatenate(self._trained)
+            self._largest = max(self._largest, int(ids.max()))
+            self._trained_tokens += int(np.count_nonzero(trained))
+            with cache_errors(self._folder):
+                self._tokens_file.write(ids.astype(self._dtype).data)
+                self._trained_file.write(trained.data)
+        self._ids, self._trained, self._unwritten = [], [], 0
 
 
-def _write_store(folder: Path, runs: Iterator[TokenRun], frame: SpecialFrame, digest: str, dtype: str) -> TokenStore:
-    """Write a store beside its place and rename it there; a concurrent writer that was faster wins."""
-    started = time.monotonic()
-    with _cache_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _remove_abandoned(folder.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
-    try:
-        with _cache_errors(folder):
-            writer = _StoreWriter(temporary, frame, dtype)
-        try:
+def _write_store(folder: Path, runs: Iterable[TokenRun], digest: str, dtype: str) -> TokenStore:
+    """Write a store beside its place and rename it there."""
+    started_s = time.monotonic()
+    with new_folder(folder) as temporary:
+        with cache_errors(folder):
+            writer = _StoreWriter(folder, temporary, dtype)
+        with closing(writer):
             for run in runs:
-                with _cache_errors(folder):
-                    writer.add(run)
-            with _cache_errors(folder):
-                writer.finish(digest)
-        finally:
-            with _cache_errors(folder):
-                writer.close()
-        with _cache_errors(folder):
-            _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                writer.add(run)
+            writer.finish(digest)
     store = TokenStore(folder)
-    logger.info(
-        "tokenized %d documents, %d tokens, in %.1f s",
-        store.meta.documents,
-        len(store),
-        time.monotonic() - started,
-    )
+    elapsed_s = time.monotonic() - started_s
+    logger.info("tokenized %d documents, %d tokens, in %.1f s", store.meta.documents, len(store), elapsed_s)
     return store
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not (folder / META_FILE).is_file():
-            raise
 
 
 def _open_cached(folder: Path) -> TokenStore | None:
-    """The store of an earlier run; a damaged one is removed."""
-    if not folder.is_dir():
-        return None
+    """The store of an earlier run, if it is whole."""
     try:
         store = TokenStore(folder)
-    except DataError as error:
-        logger.warning("%s; it is made again", error)
-        with _cache_errors(folder):
-            shutil.rmtree(folder)
+    except DataError:
         return None
     logger.info("%d documents, %d tokens, read from the cache %s", store.meta.documents, len(store), folder)
     return store
+
+
+def _warn_if_damaged(folder: Path) -> None:
+    if folder.is_dir():
+        try:
+            TokenStore(folder)
+        except DataError as error:
+            logger.warning("%s; it is made again", error)
 
 
 def _read_meta(folder: Path) -> StoreMeta:
@@ -278,16 +277,21 @@ def _read_meta(folder: Path) -> StoreMeta:
     return meta
 
 
-def _with_progress(runs: Iterator[TokenRun], documents: int) -> Iterator[TokenRun]:
-    """Pass `runs` on, with a line in the log about every five seconds."""
-    tokens = 0
-    last = time.monotonic()
-    for run in runs:
-        tokens += run.ids.size
-        if time.monotonic() - last > PROGRESS_INTERVAL_S:
-            last = time.monotonic()
-            logger.info("tokenizing: %d of %d documents, %d tokens", run.document, documents, tokens)
-        yield run
+def _with_progress(runs: Iterable[TokenRun], documents: int) -> Iterator[TokenRun]:
+    """Pass `runs` on and show how many of the documents are done."""
+    with task_progress("tokenizing", documents, "documents") as advance:
+        done = 0
+        for run in runs:
+            yield run
+            if run.document > done:
+                advance(run.document - done)
+                done = run.document
+
+
+def _report_problems(meta: StoreMeta) -> None:
+    if meta.problems:
+        found = "; ".join(f"{name}: {documents}, {PROBLEMS[name]}" for name, documents in meta.problems.items())
+        logger.warning("documents with a problem, of %d: %s", meta.documents, found)
 
 
 def _check_largest(token_id: int, vocab_size: int) -> None:
@@ -296,30 +300,3 @@ def _check_largest(token_id: int, vocab_size: int) -> None:
             f"the tokenizer uses token id {token_id}, the model has ids 0 to {vocab_size - 1}; use the model's own "
             f"tokenizer, or a model with model.config.vocab_size of at least {token_id + 1}"
         )
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed writers left behind. A live writer is safe: it writes more often than once an hour."""
-    for leftover in folder.glob(".*.tmp-*"):
-        newest = max((file.stat().st_mtime for file in [leftover, *leftover.glob("*")]), default=0.0)
-        if time.time() - newest > ABANDONED_AFTER_S:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _cache_errors(folder: Path) -> Iterator[None]:
-    """Turn a failed write into an error that names the cache and the way out."""
-    try:
-        yield
-    except OSError as error:
-        raise RunDirectoryError(
-            f"token cache {folder}: {error.strerror or error}; free some space, or set TRUTHGPT_CACHE_DIR to a folder "
-            "that can be written"
-        ) from error

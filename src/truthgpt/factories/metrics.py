@@ -36,3 +36,11 @@ def build_bits_per_byte(tokenizer: Any) -> Metric:
 
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # len(tokenizer) is less where ids have gaps
     return BitsPerByteMetric(token_byte_lengths(tokenizer, vocab_size))
+
+
+@METRICS.register("accuracy", options=NoOptions)
+def build_accuracy() -> Metric:
+    """Share of the labels that the model gives the highest score."""
+    from truthgpt.metrics.accuracy import AccuracyMetric
+
+    return AccuracyMetric()

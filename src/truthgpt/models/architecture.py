@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -13,25 +14,39 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from truthgpt.errors import ConfigError, Problem
 
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What models of one task are called in messages, which types of them transformers has, and a few to name."""
+
+    name: str
+    types: Collection[str]
+    examples: str
+
+
+CAUSAL_LM = ModelKind(
+    "causal language model", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "gpt2, llama, qwen3, gemma3_text, mistral"
+)
 _LEGACY_ROPE_NAMES = {"rope_theta", "rope_scaling"}
 """Names transformers rewrites into `rope_parameters` for models that have rotary embeddings."""
 
 
 def load_architecture(
-    name_or_path: str | None, overrides: Mapping[str, Any], trust_remote_code: bool
+    name_or_path: str | None, overrides: Mapping[str, Any], trust_remote_code: bool, kind: ModelKind = CAUSAL_LM
 ) -> PreTrainedConfig:
-    """The transformers configuration of a causal language model.
+    """The transformers configuration of a model.
 
     Args:
         name_or_path: hub id or folder to start from; None: `overrides` names a `model_type`.
         overrides: `model.config` of the YAML.
         trust_remote_code: let transformers run code that comes with the model.
+        kind: what the model must be; code that comes with a model may bring a type that transformers has not.
 
     Raises:
-        ConfigError: unknown model type, key or value, or nothing at `name_or_path`.
+        ConfigError: unknown model type, key or value, a model of another kind, or nothing at `name_or_path`.
     """
     if name_or_path is None:
-        return _from_scratch(overrides)
+        return _from_scratch(overrides, kind)
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -44,6 +59,11 @@ def load_architecture(
                 )
             ]
         ) from error
+    if config.model_type not in kind.types and not trust_remote_code:
+        message = f"{name_or_path} is a {config.model_type} model: transformers has no {kind.name} of this type"
+        raise ConfigError(
+            [Problem(key="model.name_or_path", message=message, suggestion=f"for example {kind.examples}")]
+        )
     _refuse_unknown_keys(type(config), overrides)
     if overrides.get("model_type", config.model_type) != config.model_type:
         raise _problem("model_type", f"{name_or_path} is a {config.model_type} model, not {overrides['model_type']}")
@@ -72,12 +92,12 @@ def check_context(architecture: PreTrainedConfig, max_seq_len: int) -> None:
         )
 
 
-def _from_scratch(overrides: Mapping[str, Any]) -> PreTrainedConfig:
+def _from_scratch(overrides: Mapping[str, Any], kind: ModelKind) -> PreTrainedConfig:
     model_type = overrides["model_type"]
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        near = difflib.get_close_matches(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "for example gpt2, llama, qwen3, gemma3_text, mistral"
-        raise _problem("model_type", f"transformers has no causal language model of type {model_type!r}", hint)
+    if model_type not in kind.types:
+        near = difflib.get_close_matches(str(model_type), kind.types, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"for example {kind.examples}"
+        raise _problem("model_type", f"transformers has no {kind.name} of type {model_type!r}", hint)
     config_class = CONFIG_MAPPING[model_type]
     _refuse_unknown_keys(config_class, overrides)
     return _construct(config_class, {key: value for key, value in overrides.items() if key != "model_type"})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -17,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from truthgpt.attention.base import packed_arguments
 from truthgpt.data.base import IGNORED_LABEL, Batch
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.runtime.seeds import derive_seed
@@ -28,6 +30,12 @@ def quiet_transformers() -> None:
     """Stop transformers' own progress bars and advice: what a user must know is said by this project."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def transformers_attention(architecture: PreTrainedConfig) -> Literal["sdpa", "eager"]:
+    """The fastest attention that transformers itself has for this model: some only have `eager`."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(architecture), None)
+    return "eager" if model_class is not None and not model_class._supports_sdpa else "sdpa"
 
 
 def build_causal_lm(architecture: PreTrainedConfig, attention: str, seed: int) -> PreTrainedModel:
@@ -117,9 +125,11 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 def causal_lm_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross-entropy in nats over the supervised positions (0-d), and the logits `(B, T, V)`.
 
-    No attention mask: rows are padded on the right, and a causal model never looks there; padding has no label.
+    No attention mask: rows are padded on the right, and a causal model never looks there; padding has no label. Packed
+    rows (a batch with `cu_seq_lens`) keep their documents apart by what the model is called with.
     """
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    packed = packed_arguments(batch["position_ids"], batch["cu_seq_lens"]) if "cu_seq_lens" in batch else {}
+    logits = model(input_ids=batch["input_ids"], use_cache=False, **packed).logits
     loss = F.cross_entropy(
         logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
     )

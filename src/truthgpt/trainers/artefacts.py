@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from truthgpt.runtime.atomic_file import write_atomic
 
@@ -25,12 +25,22 @@ A {model_type} model with {parameters:,} parameters, trained with TruthGPT Optim
 - Seed: {seed}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model_class}, {processor_class}
 
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
+processor = {processor_class}.from_pretrained(".")
+model = {model_class}.from_pretrained(".")
 ```
 """
+_TEXT_CLASSES = ("AutoModelForCausalLM", "AutoTokenizer")
+_IMAGE_CLASSES = ("AutoModelForImageClassification", "AutoImageProcessor")
+
+
+class Processor(Protocol):
+    """What turns raw input into the model's, and is saved beside it: a tokenizer or an image processor."""
+
+    def save_pretrained(self, folder: str | Path, /) -> object:
+        """Write the files that transformers loads it from."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,24 +65,24 @@ class ModelArtefacts:
         self,
         folder: Path,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
+        processor: Processor,
         card: ModelCard,
         safetensors: bool,
     ) -> None:
         self._folder = folder
         self._model = model
-        self._tokenizer = tokenizer
+        self._processor = processor
         self._card = card
         self._safetensors = safetensors
 
     def save_description(self) -> None:
-        """Configuration, generation configuration and tokenizer; before the first step."""
+        """Configuration, generation configuration and tokenizer or image processor; before the first step."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._model.config.architectures = [type(self._model).__name__]
         self._model.config.save_pretrained(self._folder)
-        if self._model.generation_config is not None:
+        if self._model.can_generate() and self._model.generation_config is not None:
             self._model.generation_config.save_pretrained(self._folder)
-        self._tokenizer.save_pretrained(self._folder)
+        self._processor.save_pretrained(self._folder)
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """The model's present weights and its card; `state` is the loop state they belong to."""
@@ -81,7 +91,10 @@ class ModelArtefacts:
         else:
             self.save_description()
             torch.save(self._model.state_dict(), self._folder / "pytorch_model.bin")
+        model_class, processor_class = _TEXT_CLASSES if self._model.can_generate() else _IMAGE_CLASSES
         card = _CARD.format(
+            model_class=model_class,
+            processor_class=processor_class,
             run_name=self._card.run_name,
             model_type=self._model.config.model_type,
             parameters=self._model.num_parameters(),

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from truthgpt.callbacks.base import CallbackList
-from truthgpt.data.base import GlobalBatch
-from truthgpt.data.loader import GlobalBatchLoader
+from truthgpt.data.base import GlobalBatch, TrainLoader
 from truthgpt.errors import CheckpointError, OutOfMemoryError, Preempted
 from truthgpt.runtime.metrics_log import MetricsLog
 from truthgpt.runtime.stop_signal import StopSignal
@@ -46,7 +45,7 @@ class TrainerParts:
     """What the loop works with. `evaluator` is None without a validation split."""
 
     engine: TrainEngine
-    loader: GlobalBatchLoader
+    loader: TrainLoader
     evaluator: Evaluator | None
     checkpoints: CheckpointStore
     callbacks: CallbackList
@@ -109,8 +108,8 @@ class GenericTrainer:
             try:
                 scalars = self.parts.engine.train_step(batch, state.step)
             except torch.OutOfMemoryError as error:
-                rows, length = batch.micro_batches[0]["input_ids"].shape
-                doing = f"step {state.step + 1} with micro-batches of {rows} rows x {length} tokens"
+                shape = " x ".join(map(str, batch.micro_batches[0]["labels"].shape))
+                doing = f"step {state.step + 1} with micro-batches of {shape} labels"
                 cure = "training.train_batch_size (raise grad_accum_steps to keep the result)"
                 raise _out_of_memory(doing, cure, error) from error
             self.parts.meter.add(scalars, batch.tokens)
@@ -174,7 +173,9 @@ class GenericTrainer:
 
     def _log(self) -> None:
         engine = self.parts.engine
-        row = {"step": self.state.step, "epoch": round(self.state.step / self.parts.loader.steps_per_epoch, 4)}
+        per_epoch = self.parts.loader.steps_per_epoch
+        epoch = round(self.state.step / per_epoch, 4) if per_epoch else self.state.epoch
+        row = {"step": self.state.step, "epoch": epoch}
         row |= self.parts.meter.read()
         row |= {"lr": engine.learning_rate, "tokens": self.state.tokens, "skipped_steps": engine.guard.skipped()}
         if engine.device.type == "cuda":
@@ -241,7 +242,7 @@ class GenericTrainer:
             DataError: the data is not what the run was trained on.
         """
         payload = self.parts.checkpoints.load(path)
-        self.parts.loader.check_state(payload["data"])
+        self.parts.loader.load_state_dict(payload["data"])
         self.parts.engine.load_state_dict(payload)
         try:
             saved = TrainState.from_dict(payload["state"])

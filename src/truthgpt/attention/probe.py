@@ -1,0 +1,101 @@
+"""Probes of the first minute: does this model, with this attention, compute what it should?
+
+A model may need a mask that an attention function without one does not know of, and may ignore the borders of packed
+documents without a word. Both are seen by comparing logits, on the model itself and at the run's own length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from truthgpt.attention.base import packed_arguments
+from truthgpt.attention.install import transformers_attention_in
+
+TOLERANCE = 1e-4
+"""Largest difference of float32 logits, relative to the largest logit, that is put down to rounding."""
+LEAK_TOLERANCE = 1e-6
+"""The same where nothing but a leak can make a difference: in one document, when another is exchanged."""
+
+
+@dataclass(frozen=True)
+class PackedErrors:
+    """Largest differences of logits, relative to the largest logit.
+
+    `leak`: the second document when the first is exchanged; `separate`: both documents packed, against each alone.
+    """
+
+    leak: float
+    separate: float
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the documents are not kept apart."""
+        return self.leak > LEAK_TOLERANCE or self.separate > TOLERANCE
+
+
+def dense_error(model: PreTrainedModel, seq_len: int) -> float:
+    """Largest difference between the model's attention and transformers' own, on one dense row of `seq_len` tokens."""
+    ids = _random_ids(model, seq_len, seed=0)
+    with _quiet(model):
+        ours = model(input_ids=ids, use_cache=False).logits
+        with transformers_attention_in(model):
+            reference = model(input_ids=ids, use_cache=False).logits
+        return _relative(ours, reference)
+
+
+def packed_errors(model: PreTrainedModel, seq_len: int) -> PackedErrors:
+    """How far packed documents see each other, on a row of `seq_len` tokens that holds two.
+
+    The second is twice as long as the first, so that it is longer than any sliding window that matters.
+
+    Raises:
+        TypeError: the model's forward takes no packed arguments.
+    """
+    first, second, other = seq_len // 3, seq_len - seq_len // 3, _random_ids(model, seq_len // 3, seed=2)
+    ids = _random_ids(model, seq_len, seed=1)
+    with _quiet(model):
+        packed = _packed_logits(model, ids, first)
+        exchanged = _packed_logits(model, torch.cat([other, ids[:, first:]], dim=1), first)
+        parts = torch.split(ids, [first, second], dim=1)
+        alone = [model(input_ids=part, use_cache=False).logits for part in parts]
+        return PackedErrors(
+            leak=_relative(exchanged[:, first:], packed[:, first:]), separate=_relative(packed, torch.cat(alone, dim=1))
+        )
+
+
+def _packed_logits(model: PreTrainedModel, ids: torch.Tensor, border: int) -> torch.Tensor:
+    length = ids.shape[1]
+    positions = torch.cat([torch.arange(border), torch.arange(length - border)]).unsqueeze(0).to(ids.device)
+    borders = torch.tensor([0, border, length, length], dtype=torch.int32, device=ids.device)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **packed_arguments(positions, borders)).logits
+    return logits
+
+
+def _random_ids(model: PreTrainedModel, length: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    return torch.randint(0, vocab_size, (1, length), generator=generator).to(model.device)
+
+
+def _relative(values: torch.Tensor, reference: torch.Tensor) -> float:
+    largest = reference.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((values - reference).abs().max() / largest)
+
+
+@contextmanager
+def _quiet(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout, no gradients, float32 products in full precision; everything as before afterwards."""
+    training, precision = model.training, torch.get_float32_matmul_precision()
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        model.train(training)

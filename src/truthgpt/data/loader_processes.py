@@ -1,0 +1,194 @@
+"""Loader processes: how they are started, what a dead or hanging one becomes, and that none outlives its loader."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing.connection
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
+
+from truthgpt.errors import DataError
+
+SAMPLE_ERRORS = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What reading a sample may raise; becomes a DataError."""
+DEATH_NOTICE_S = 0.5
+"""A dying process closes its pipes shortly before it counts as dead: how long to wait before another cause is named."""
+LOADER_TIMEOUT_S = 600.0
+"""A loader process that prepares one batch for so long counts as hanging."""
+POLL_S = 5.0
+"""How often the processes are looked at while a batch is awaited."""
+_TORCH_TIMEOUT = "DataLoader timed out"
+
+_live_workers: set[BaseProcess] = set()
+"""Loader processes not known to have ended. They ignore the SIGTERM with which `multiprocessing` ends its children at
+exit, and it would wait for them for ever: they are killed before that."""
+
+
+@atexit.register
+def _kill_live_workers() -> None:
+    for worker in _live_workers:
+        worker.kill()
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Loader processes: how many (0: read in the training process), batches each prepares ahead, and whether those of
+    the validation loader live on between evaluations."""
+
+    num_workers: int = 0
+    prefetch_factor: int = 2
+    persistent: bool = True
+
+
+def torch_loader(
+    dataset: Dataset[Any],
+    workers: WorkerSettings,
+    *,
+    pin_memory: bool,
+    persistent: bool = False,
+    sampler: Iterable[Any] | None = None,
+    collate: Callable[[Any], Any] | None = None,
+) -> DataLoader[Any]:
+    """A torch DataLoader that leaves signals and torch's global random state alone.
+
+    Args:
+        dataset: each item of `sampler` goes to its `__getitems__` whole; without a sampler, an iterable dataset.
+        workers: number of processes and of batches prepared ahead.
+        pin_memory: page-locked batches.
+        persistent: keep the processes when a pass ends.
+        sampler: what each batch is made of.
+        collate: what `__getitems__` returned, to a batch; without it what an iterable dataset yields is the batch.
+    """
+    processes = workers.num_workers
+    return DataLoader(
+        dataset,
+        batch_size=None if sampler is None else 1,
+        batch_sampler=sampler,
+        collate_fn=collate or _unchanged,
+        num_workers=processes,
+        prefetch_factor=workers.prefetch_factor if processes else None,
+        persistent_workers=persistent and processes > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_parent,
+        # Its own generator: without one every new iterator draws from torch's global random state.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def read_batches(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    """One pass over a loader: failures become DataErrors, and processes that should be gone at the end are.
+
+    Raises:
+        DataError: a sample cannot be read, or a loader process died or gave nothing for `LOADER_TIMEOUT_S`.
+    """
+    iterator = _start(loader)
+    workers = _workers(iterator)
+    try:
+        while True:
+            _check_alive(workers)
+            try:
+                batch = _next(iterator)
+            except StopIteration:
+                return
+            except SAMPLE_ERRORS as error:
+                _await_death(workers)
+                _check_alive(workers)
+                raise DataError(f"a sample cannot be read: {type(error).__name__}: {error}") from error
+            yield batch
+    finally:
+        if isinstance(iterator, _MultiProcessingDataLoaderIter) and not loader.persistent_workers:
+            # Dropping the last reference would do the same, but the traceback of an error holds another one.
+            iterator._shutdown_workers()
+            _end(workers)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _leave_signals_to_parent(_worker: int) -> None:
+    """A Ctrl-C or SIGTERM reaches the whole process group; the training process decides, and ends its loaders."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _start(loader: DataLoader[Any]) -> _BaseDataLoaderIter:
+    """Iterator of the loader, its processes started.
+
+    torch installs a SIGCHLD handler that raises wherever the main thread happens to be when a loader process dies, in
+    the middle of an optimizer step for example. It is taken out again: a dead process is noticed at the next batch.
+    """
+    persistent = loader._iterator
+    if isinstance(persistent, _MultiProcessingDataLoaderIter):
+        _check_alive(persistent._workers)
+        persistent._timeout = 0  # what is left of an unfinished pass is awaited without giving up
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        # Not the loader's own `timeout`: torch gives up when it is over, and looks for dead processes only then.
+        iterator._timeout = POLL_S
+    _live_workers.update(_workers(iterator))
+    return iterator
+
+
+def _workers(iterator: Iterator[Any]) -> Sequence[BaseProcess]:
+    """The processes of an iterator, in their own order."""
+    return iterator._workers if isinstance(iterator, _MultiProcessingDataLoaderIter) else ()
+
+
+def _next(iterator: _BaseDataLoaderIter) -> Any:
+    """The next batch. A call that torch gives up is simply made again, as long as no process hangs."""
+    deadline = time.monotonic() + LOADER_TIMEOUT_S
+    while True:
+        try:
+            return next(iterator)
+        except RuntimeError as error:
+            if not str(error).startswith(_TORCH_TIMEOUT) or not isinstance(iterator, _MultiProcessingDataLoaderIter):
+                raise
+            if time.monotonic() > deadline:
+                number = iterator._task_info[iterator._rcvd_idx][0]
+                hanging: BaseProcess = iterator._workers[number]
+                hanging.kill()
+                raise DataError(
+                    f"data loader process {number} (pid {hanging.pid}) gave no batch for {LOADER_TIMEOUT_S:g} s: it "
+                    "hangs, or the files are on a disk or network that does not answer; check them, or set "
+                    "data.num_workers: 0 to see where it stops, then resume the run"
+                ) from error
+
+
+def _await_death(workers: Sequence[BaseProcess]) -> None:
+    """Give a process that is just dying the time to count as dead, so that it is named as the cause."""
+    dying = multiprocessing.connection.wait([worker.sentinel for worker in workers], DEATH_NOTICE_S)
+    for worker in workers:
+        if worker.sentinel in dying:
+            worker.join()
+
+
+def _check_alive(workers: Sequence[BaseProcess]) -> None:
+    for number, worker in enumerate(workers):
+        if not worker.is_alive():
+            code = worker.exitcode or 0
+            cause = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended ({code})"
+            raise DataError(
+                f"data loader process {number} (pid {worker.pid}) {cause}; if memory ran out, lower data.num_workers "
+                "or data.prefetch_factor, then resume the run"
+            )
+
+
+def _end(workers: Sequence[BaseProcess]) -> None:
+    """Kill what torch could not stop: a process that hangs ignores the SIGTERM it sends after five seconds."""
+    for worker in workers:
+        worker.kill()
+        worker.join()
+        _live_workers.discard(worker)
