@@ -10,14 +10,17 @@ alpha is the best of a few on the validation split, which favours the n-gram mod
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
 from truthgpt import load_config
-from truthgpt.build_data import build_split
+from truthgpt.build_data import build_text_data
 from truthgpt.cli.output import split_arguments
 from truthgpt.data.split import DocumentSet
 
@@ -26,9 +29,10 @@ ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 Bytes = npt.NDArray[np.uint64]
 
 
-def document_bytes(documents: DocumentSet) -> Bytes:
+def document_bytes(parts: Sequence[DocumentSet]) -> Bytes:
     """All documents, a NUL byte between them as a border."""
-    return np.frombuffer(b"\0".join(document.text.encode() for document in documents), dtype=np.uint8).astype(np.uint64)
+    texts = (document.text.encode() for document in chain.from_iterable(parts))
+    return np.frombuffer(b"\0".join(texts), dtype=np.uint8).astype(np.uint64)
 
 
 def contexts(text: Bytes, order: int) -> tuple[Bytes, Bytes]:
@@ -71,18 +75,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", dest="as_json")
     options = parser.parse_args()
     source, overrides = split_arguments(options.arguments)
-    split = build_split(load_config(source, overrides)).split
-    if split.validation is None:
-        sys.exit("nothing is held out for validation")
-    train, validation = document_bytes(split.train), document_bytes(split.validation)
+    parts = build_text_data(load_config(source, overrides)).parts
+    training = [part.train for part in parts if isinstance(part.train, DocumentSet)]
+    held_out = [part.validation for part in parts if part.validation is not None]
+    if not training or not held_out:
+        sys.exit("training and validation documents are needed: no data.streaming, data.validation_fraction above 0")
+    train, validation = document_bytes(training), document_bytes(held_out)
     rows = [bits_per_byte(train, validation, alpha) for alpha in ALPHAS]
     best = {order: min(row[order] for row in rows) for order in ORDERS}
     document = {
         "python": sys.version.split()[0],
-        "data_digest": split.digest,
-        "train_documents": len(split.train),
+        "data_digest": hashlib.sha256(" ".join(part.digest for part in [*training, *held_out]).encode()).hexdigest(),
+        "train_documents": sum(map(len, training)),
         "train_bytes": len(train),
-        "validation_documents": len(split.validation),
+        "validation_documents": sum(map(len, held_out)),
         "validation_bytes": len(validation),
         "bits_per_byte": {f"order {order}": round(value, 4) for order, value in best.items()},
     }

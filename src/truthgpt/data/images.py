@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truthgpt.data.base import ImageExample, ImageSample, ImageSource
+from truthgpt.data.holdout import held_out_mask, key_hash
 from truthgpt.errors import ConfigError, DataError, Problem
 from truthgpt.runtime.seeds import derive_seed
 
@@ -90,10 +91,8 @@ def split_images(
     if validation_source is not None:
         _check_same_classes(source.classes, validation_source.classes)
         return everything, np.arange(len(validation_source.keys()), dtype=np.int64)
-    count = _held_out_count(len(keys), validation_fraction)
-    hashes = np.array([_hash(key) for key in keys], dtype=np.uint64)
-    held_out = np.zeros(len(keys), dtype=np.bool_)
-    held_out[np.argsort(hashes, kind="stable")[:count]] = True
+    hashes = np.array([key_hash(key) for key in keys], dtype=np.uint64)
+    held_out = held_out_mask(hashes, validation_fraction)
     return everything[~held_out], everything[held_out]
 
 
@@ -267,17 +266,3 @@ def _check_same_classes(train: Sequence[str], validation: Sequence[str]) -> None
         f"the validation images have other classes than the training images: they "
         f"{' and '.join(what) or 'have them in another order'}; give both the same classes"
     )
-
-
-def _held_out_count(images: int, fraction: float) -> int:
-    if fraction == 0:
-        return 0
-    if images < 2:
-        logger.warning("the data is a single image, so none is held out for validation; set data.validation_path")
-        return 0
-    return min(max(round(fraction * images), 1), images - 1)
-
-
-def _hash(key: str) -> int:
-    """First 64 bits of the key's SHA-256."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big")

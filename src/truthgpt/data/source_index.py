@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truthgpt.data.base import Conversation, Document, IdentifiedSource, Source
+from truthgpt.data.holdout import key_hash
 from truthgpt.errors import DataError, RunDirectoryError
 from truthgpt.runtime.task_progress import task_progress
 
@@ -106,7 +107,7 @@ def _read_source(source: Source, identity: str | None) -> SourceIndex:
     content = hashlib.sha256()
     with task_progress("reading", None, "documents") as advance:
         for document in source.documents():
-            hashes.append(int.from_bytes(hashlib.sha256(document.key.encode()).digest()[:8], "big"))
+            hashes.append(key_hash(document.key))
             _add_document(content, document)
             advance(1)
     if not hashes:

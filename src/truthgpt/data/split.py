@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truthgpt.data.base import Document, Source
+from truthgpt.data.holdout import held_out_mask
 from truthgpt.data.source_index import SourceIndex, index_source, source_identity
 from truthgpt.errors import DataError
 
@@ -104,23 +105,10 @@ def split_documents(
             validation=_document_set(validation_source, np.ones(len(other.hashes), dtype=np.bool_), other),
             digest=hashlib.sha256(f"{index.digest} {other.digest}".encode()).hexdigest(),
         )
-    held_out = _held_out_count(len(index.hashes), validation_fraction)
-    if held_out == 0:
+    held_out = held_out_mask(index.hashes, validation_fraction)
+    if not held_out.any():
         return Split(_document_set(source, everything, index), None, index.digest)
-    chosen = np.zeros(len(index.hashes), dtype=np.bool_)
-    chosen[np.argsort(index.hashes, kind="stable")[:held_out]] = True
-    return Split(_document_set(source, ~chosen, index), _document_set(source, chosen, index), index.digest)
-
-
-def _held_out_count(documents: int, fraction: float) -> int:
-    if fraction == 0:
-        return 0
-    if documents < 2:
-        logger.warning(
-            "the data is a single document, so none is held out for validation; set data.validation_path to have one"
-        )
-        return 0
-    return min(max(round(fraction * documents), 1), documents - 1)
+    return Split(_document_set(source, ~held_out, index), _document_set(source, held_out, index), index.digest)
 
 
 def _document_set(source: Source, chosen: npt.NDArray[np.bool_], index: SourceIndex) -> DocumentSet:

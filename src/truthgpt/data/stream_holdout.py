@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
 from truthgpt.data.base import Document, IdentifiedSource, Layout, StreamSource
+from truthgpt.data.holdout import key_hash
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def held_out(key: str, fraction: float) -> bool:
     The SHA-256 of the key, read as a number in [0, 1), lies below `fraction`: a pure function of both, so a document
     is on the same side in every pass, in every process and wherever it stands.
     """
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
+    return key_hash(key) < fraction * 2**64
 
 
 class HoldoutSource:
