@@ -93,7 +93,7 @@ def test_split_sizes(images: int, fraction: float, held_out: int) -> None:
 def test_split_of_one_or_no_image(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "truthgpt"):
         train, validation = split_images(MemoryImages([b""]), 0.5)
-    assert (len(train), len(validation)) == (1, 0) and "single image" in caplog.text
+    assert (len(train), len(validation)) == (1, 0) and "single document or image" in caplog.text
     with pytest.raises(DataError, match="0 images"):
         split_images(MemoryImages([]), 0.5)
 
