@@ -288,6 +288,8 @@ IMAGES = [
             *("data.sources[0]", "has no weight"),
         ),
         (["data.collate=cv"], "data.collate", "the task is causal_lm"),
+        (["data.source=image_folder", "data.path=x"], "data.source", "image_folder has no text"),
+        (["data.sources=[{source: image_folder, path: x}]"], "data.sources[0].source", "image_folder has no text"),
         ([*IMAGES, "data.collate=lm"], "data.collate", "the task is image_classification"),
         ([*IMAGES, "data.packing=true"], "data.packing", "is for text"),
         ([*IMAGES, "data.max_tokens=500"], "data.max_tokens", "is for text"),

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from truthgpt.attention.base import AttentionFunction, capabilities_of
 from truthgpt.attention.install import check_attention, install_attention
 from truthgpt.attention.probe import TOLERANCE, dense_error, packed_errors
-from truthgpt.build_data import TextData, can_pack
+from truthgpt.build_data import TextData, can_pack, wants_packing
 from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.factories.attention import ATTENTION_BACKENDS
@@ -73,14 +73,12 @@ def choose_packing(
     Raises:
         ConfigError: `packing: true`, and documents would see each other.
     """
-    wanted = config.data.packing
-    pads = config.data.bucket_by_length or config.data.collate.options.get("pad_to_multiple_of") not in (None, 1)
-    if wanted is False or (wanted == "auto" and (pads or not data.has_rows)):
+    if not wants_packing(config.data, data.has_rows):
         return False
     reason = _cannot_pack(config, model, function, attends)
     if reason is None:
         return True
-    if wanted is True:
+    if config.data.packing is True:
         hint = "set it to false, or to auto"
         raise ConfigError([Problem(key="data.packing", message=f"true, but {reason}", suggestion=hint)])
     logger.info("rows are padded, not packed: %s", reason)

@@ -176,6 +176,14 @@ def bucket_bins(data: DataConfig) -> list[int] | None:
     return [*sorted(size for size in set(data.bucket_bins) if size < data.max_seq_len), data.max_seq_len]
 
 
+def wants_packing(data: DataConfig, has_rows: bool) -> bool:
+    """What `data.packing` asks for: `auto` is rows, unless the YAML says how to pad them."""
+    if data.packing == "auto":
+        pads = data.bucket_by_length or data.collate.options.get("pad_to_multiple_of") not in (None, 1)
+        return has_rows and not pads
+    return data.packing
+
+
 def can_pack(data: DataConfig) -> bool:
     """Whether the collator takes packed rows."""
     return accepts(COLLATORS.entry(data.collate.type).build, "packed_rows")

@@ -96,6 +96,7 @@ def build_image_task(config: Config, plan: MemoryPlan, device: torch.device, fal
         example=_example(plan.micro_batch_size, pixels),
         fixed_shapes=True,
         tokens_per_step=plan.micro_batch_size * plan.grad_accum_steps,
+        unit="images",
         flops_per_token=None,
     )
 

@@ -55,6 +55,7 @@ def build_text_task(config: Config, plan: MemoryPlan, device: torch.device, fall
         example=_example(plan.micro_batch_size, length, packed),
         fixed_shapes=packed or not data.has_rows,
         tokens_per_step=plan.micro_batch_size * plan.grad_accum_steps * length,
+        unit="tokens",
         flops_per_token=training_flops_per_token(model, length),
     )
 

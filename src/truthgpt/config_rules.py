@@ -206,6 +206,10 @@ def _image_rules(config: Config) -> Iterator[Broken]:
             if getattr(data, key) != DataConfig.model_fields[key].default:
                 fix = "leave it out"
                 yield Broken(("data", key), "is read with model.task: image_classification only", fix, (task,))
+        for path, name in _source_names(config):
+            if name in DATASETS and _has_only_images(DATASETS.entry(name)):
+                fix = "set model.task: image_classification"
+                yield Broken(path, f"data source {name} has no text; the task is causal_lm", fix, (task,))
         return
     for key in ("streaming", "sources", "bucket_by_length", "max_tokens"):
         if getattr(data, key):
@@ -219,6 +223,17 @@ def _image_rules(config: Config) -> Iterator[Broken]:
         readers = [entry.name for entry in DATASETS if accepts(entry.build, "images")]
         message = f"data source {data.source.type} has no images"
         yield Broken(("data", "source"), message, f"set it to {' or '.join(readers)}", (task,))
+
+
+def _source_names(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    if not config.data.sources:
+        yield ("data", "source"), config.data.source.type
+    for index, item in enumerate(config.data.sources):
+        yield ("data", "sources", index, "source"), item.source
+
+
+def _has_only_images(entry: Entry) -> bool:
+    return accepts(entry.build, "images") and not accepts(entry.build, "rows")
 
 
 def _evaluation_rules(config: Config) -> Iterator[Broken]:

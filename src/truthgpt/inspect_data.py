@@ -24,6 +24,7 @@ from truthgpt.build_data import (
     rows_per_micro_batch,
     token_store,
     training_documents,
+    wants_packing,
 )
 from truthgpt.build_images import build_image_data
 from truthgpt.config.schema import Config
@@ -143,8 +144,8 @@ def inspect_text(config: Config, first_samples: int) -> Inspection:
         lengths=summarize_lengths(lengths),
         ways=_ways(config, lengths, packed, joined),
         chosen=chosen,
-        overlong_rows=sum(dataset.overlong_rows for dataset in rows),
-        overlong="split" if chosen == "joined" else config.data.overlong,
+        overlong_rows=0 if chosen == "joined" else sum(dataset.overlong_rows for dataset in rows),
+        overlong=config.data.overlong,
         unsupervised_samples=sum(dataset.unsupervised_samples for dataset in rows),
         problems=dict(problems),
         first_samples=[
@@ -175,8 +176,7 @@ class _Head:
 
 def _chosen(config: Config, data: TextData) -> str:
     """The way of batching that `data` asks for; `auto` packs rows, which the model has still to allow."""
-    wanted = config.data.packing
-    if wanted is True or (wanted == "auto" and data.has_rows and not config.data.bucket_by_length):
+    if wants_packing(config.data, data.has_rows):
         return "packing"
     if not data.has_rows:
         return "joined"
@@ -194,11 +194,12 @@ def _ways(
     assert bins is not None
     bucketed = BucketedOrder(lengths, bins, rows, accumulation, config.seed, config.data.max_tokens)
     ways = {"padding": filling(lengths, shuffled), "bucketing": filling(lengths, bucketed, bins)}
-    for name, datasets in (("packing", packed), ("joined", joined)):
-        count = sum(len(dataset) for dataset in datasets)
-        if count:
-            share = min(1.0, tokens / (count * length))
-            ways[name] = Filling(share, -(-count // (rows * accumulation)))
+    positions = sum(len(dataset) for dataset in packed) * length
+    ways["packing"] = Filling(tokens / positions, -(-positions // (rows * accumulation * length)))
+    if joined:
+        blocks = sum(len(dataset) for dataset in joined)
+        share = sum(int(dataset.lengths.sum()) for dataset in joined) / (blocks * length)
+        ways["joined"] = Filling(share, -(-blocks // (rows * accumulation)))
     return ways
 
 

@@ -21,6 +21,7 @@ class TaskParts:
         example: a batch of the run's shape, on the CPU; the values mean nothing.
         fixed_shapes: whether every full batch has one shape.
         tokens_per_step: positions of a step, for reports.
+        unit: what the supervised labels are, `tokens` or `images`.
         flops_per_token: arithmetic of training on one supervised label; None where it is not known.
     """
 
@@ -33,4 +34,5 @@ class TaskParts:
     example: Batch
     fixed_shapes: bool
     tokens_per_step: int
+    unit: str
     flops_per_token: float | None

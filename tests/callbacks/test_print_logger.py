@@ -56,8 +56,9 @@ def test_what_is_not_always_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         "small: 1.06M parameters (4.10k trained), cpu fp32, 1,100 steps, resumed after step 200, in runs/small"
     )
     row = {**log_row(5, loss=float("nan")), "mfu": 0.4567, "peak_memory_bytes": 3 * 2**30, "skipped_steps": 2}
-    assert log_figures(row, "0:01 eta 0:02").endswith("mfu 45.7%  3.0 GiB  2 skipped")
-    assert "loss nan" in bar_figures(row) and "2 skipped" in bar_figures(row)
+    assert log_figures(row, "0:01 eta 0:02", "images").endswith("mfu 45.7%  3.0 GiB  2 skipped")
+    assert " tok/s " in log_figures(row, "", "tokens") and " images/s " in log_figures(row, "", "images")
+    assert "loss nan" in bar_figures(row, "tokens") and "2 skipped" in bar_figures(row, "images")
     printer = PrintLogger()
     printer.on_end(state_at(7, "training.max_tokens reached"), {**end_facts(7), "best_metric": None, "best_step": None})
     assert capsys.readouterr().err == (

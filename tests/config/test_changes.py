@@ -55,11 +55,11 @@ def test_another_run_is_refused(change: dict[str, Any], key: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"training__learning_rate": 1.0}, "training.learning_rate 5e-05 -> 1.0"),
-        ({"training__max_steps": 7}, "training.max_steps None -> 7"),
+        ({"training__learning_rate": 1.0}, "training.learning_rate 5.0e-05 -> 1.0"),
+        ({"training__max_steps": 7}, "training.max_steps null -> 7"),
         ({"ema__decay": 0.5}, "ema.decay 0.999 -> 0.5"),
         ({"guards__max_consecutive_skips": 3}, "guards.max_consecutive_skips 10 -> 3"),
-        ({"model__gradient_checkpointing": True}, "model.gradient_checkpointing auto -> True"),
+        ({"model__gradient_checkpointing": True}, "model.gradient_checkpointing auto -> true"),
     ],
 )
 def test_another_schedule_is_said(change: dict[str, Any], said: str) -> None:
@@ -100,4 +100,4 @@ def test_samples_a_step_stay(shape: tuple[int, int]) -> None:
 
 def test_options_that_come_and_go() -> None:
     old, new = changed(optimizer={"type": "adamw", "fused": True, "eps": 1e-8}), changed()
-    assert compare_configs(old, new).said == ["optimizer.eps 1e-08 -> None"]
+    assert compare_configs(old, new).said == ["optimizer.eps 1.0e-08 -> not set"]

@@ -27,11 +27,13 @@ class PrintLogger:
         self._clock = Clock()
         self._max_steps = 0
         self._best_by = ""
+        self._unit = "tokens"
 
     def on_start(self, state: StateView, info: Mapping[str, Any]) -> None:
         """Say what is about to be trained, and open the display."""
         self._max_steps = info["max_steps"]
         self._best_by = info["config"]["eval"]["select_best_by"]
+        self._unit = info["unit"]
         self._clock = Clock()
         self._display = open_display(state.step, self._max_steps)
         self._display.line(start_line(info), "bold")
@@ -44,10 +46,10 @@ class PrintLogger:
     def on_log(self, state: StateView, info: Mapping[str, Any]) -> None:
         """Show the newest figures: in the bar, or as a line."""
         if self._display.live:
-            self._display.figures(bar_figures(info))
+            self._display.figures(bar_figures(info, self._unit))
         else:
             clock = self._clock.text(info["step"], self._max_steps)
-            self._display.line(f"{self._label('step', info['step'])}  {log_figures(info, clock)}")
+            self._display.line(f"{self._label('step', info['step'])}  {log_figures(info, clock, self._unit)}")
 
     def on_eval(self, state: StateView, info: Mapping[str, Any]) -> None:
         """Show loss and metrics on the validation split, and the samples."""
@@ -72,7 +74,7 @@ class PrintLogger:
     def on_end(self, state: StateView, info: Mapping[str, Any]) -> None:
         """Close the display and sum the run up."""
         self._display.close()
-        self._display.line(end_line(state, info, self._best_by), "bold")
+        self._display.line(end_line(state, info, self._best_by, self._unit), "bold")
 
     def _label(self, event: str, step: int) -> str:
         return f"{event} {step:>{len(f'{self._max_steps:,}')},}/{self._max_steps:,}"
@@ -112,20 +114,20 @@ def start_line(info: Mapping[str, Any]) -> str:
         size += f" ({format_count(trainable)} trained)"
     steps = f"{info['max_steps']:,} steps"
     if info["tokens_per_step"] is not None:
-        steps += f" of {info['tokens_per_step']:,} tokens"
+        steps += f" of {info['tokens_per_step']:,} {info['unit']}"
     if info["resumed_step"]:
         steps += f", resumed after step {info['resumed_step']:,}"
     precision = "fp32" if info["precision"] == "none" else info["precision"]
     return f"{info['run_name']}: {size}, {info['device']} {precision}, {steps}, in {info['run_directory']}"
 
 
-def log_figures(row: Mapping[str, Any], clock: str) -> str:
-    """The columns of a plain log line; those that are not always there come last."""
+def log_figures(row: Mapping[str, Any], clock: str, unit: str) -> str:
+    """The columns of a plain log line; those that are not always there come last. `unit` is what the speed counts."""
     columns = [
         f"loss {format_value(row['loss']):<7}",
         f"lr {row['lr']:.2e}",
         f"grad {row['grad_norm']:<8.3g}",
-        f"{format_count(row['tokens_per_sec']):>5} tok/s",
+        f"{format_count(row['tokens_per_sec']):>5} {_speed_unit(unit)}",
         f"epoch {row['epoch']:.2f}",
         f"{clock:<16}",
     ]
@@ -136,15 +138,16 @@ def log_figures(row: Mapping[str, Any], clock: str) -> str:
     return "  ".join(columns + _skipped(row)).rstrip()
 
 
-def bar_figures(row: Mapping[str, Any]) -> str:
+def bar_figures(row: Mapping[str, Any], unit: str) -> str:
     """The figures beside the bar: few, so that 80 columns are enough."""
-    figures = [f"loss {row['loss']:.3f}", f"{format_count(row['tokens_per_sec'])} tok/s", f"lr {row['lr']:.1e}"]
+    speed = f"{format_count(row['tokens_per_sec'])} {_speed_unit(unit)}"
+    figures = [f"loss {row['loss']:.3f}", speed, f"lr {row['lr']:.1e}"]
     return " ".join(figures + _skipped(row))
 
 
-def end_line(state: StateView, info: Mapping[str, Any], best_by: str) -> str:
+def end_line(state: StateView, info: Mapping[str, Any], best_by: str, unit: str) -> str:
     """How the run ended: steps, tokens, time and the best evaluation."""
-    done = f"{info['status']}: {info['step']:,} steps, {format_count(info['tokens'])} tokens"
+    done = f"{info['status']}: {info['step']:,} steps, {format_count(info['tokens'])} {unit}"
     parts = [f"{done} in {format_duration(info['wall_time_s'])}"]
     if info["best_metric"] is not None:
         parts.append(f"best {best_by} {format_value(info['best_metric'])} at step {info['best_step']:,}")
@@ -152,6 +155,10 @@ def end_line(state: StateView, info: Mapping[str, Any], best_by: str) -> str:
     if state.stop_reason is not None:
         parts.append(f"ended early: {state.stop_reason}")
     return ", ".join(parts)
+
+
+def _speed_unit(unit: str) -> str:
+    return "tok/s" if unit == "tokens" else f"{unit}/s"
 
 
 def _skipped(row: Mapping[str, Any]) -> list[str]:

@@ -42,7 +42,8 @@ def evaluate(
         return
     for name, value in evaluation.values.items():
         typer.echo(f"{name:16} {value:.4f}")
-    typer.echo(f"{'tokens':16} {evaluation.tokens}")
+    unit = "images" if loaded.tokenizer is None else "tokens"
+    typer.echo(f"{unit:16} {evaluation.tokens}")
 
 
 def _own_config(target: Path) -> str:

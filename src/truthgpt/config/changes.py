@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from truthgpt.config.strict_yaml import flow
 from truthgpt.errors import Problem
 
 _IDENTITY = ("seed", "model", "data", "optimizer.type")
@@ -19,6 +21,8 @@ _NOT_IDENTITY = (
     # Where the data lies may change; what it holds is checked by its fingerprint.
     "data.path",
     "data.validation_path",
+    "data.sources.path",
+    "data.sources.validation_path",
     "data.num_workers",
     "data.prefetch_factor",
     "data.persistent_workers",
@@ -44,7 +48,7 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
             continue
-        change = f"{before.get(key)} -> {after.get(key)}"
+        change = f"{_shown(before, key)} -> {_shown(after, key)}"
         if _under(key, _IDENTITY) and not _under(key, _NOT_IDENTITY):
             hint = "set it back, or start a new run with another output_dir"
             refused.append(Problem(key=key, message=f"changed since the run started: {change}", suggestion=hint))
@@ -57,6 +61,10 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     return Changes(refused, said)
 
 
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return flow(values[key]) if key in values else "not set"
+
+
 def _global_batch(flat: Mapping[str, Any]) -> int:
     product = 1
     for key in _BATCH:
@@ -65,6 +73,7 @@ def _global_batch(flat: Mapping[str, Any]) -> int:
 
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    key = re.sub(r"\[\d+\]", "", key)
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
@@ -73,6 +82,9 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            for index, item in enumerate(value):
+                flat |= _flatten(item, f"{prefix}{key}[{index}].")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

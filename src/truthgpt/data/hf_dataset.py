@@ -190,7 +190,9 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except StopIteration as error:
-        raise DataError(f"0 usable documents in {name}: a file is empty") from error
+        raise DataError(
+            f"0 usable documents in {name}: a file is empty; remove it, or set data.path to files with rows in them"
+        ) from error
     # The bases of HfHubHTTPError are the base error of the HTTP library in use (it has changed once) and OSError.
     except (
         *HfHubHTTPError.__bases__,
@@ -307,10 +309,11 @@ def _reason(error: BaseException) -> str:
 
 
 def _unknown_split(location: HfLocation, splits: Sequence[str]) -> ConfigError:
-    there = ", ".join(splits) or "none"
-    return _problem(
-        "split", f"{location.dataset or location.path} has no split {location.split!r}", f"there is {there}"
-    )
+    hint = f"there is {', '.join(splits) or 'none'}"
+    if "[" in location.split:
+        hint += "; a part of a split is for streaming: false"
+    place = location.dataset or ", ".join(location.path or ())
+    return _problem("split", f"{place} has no split {location.split!r}", hint)
 
 
 def _problem(key: str, message: str, suggestion: str) -> ConfigError:

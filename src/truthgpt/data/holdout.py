@@ -19,16 +19,18 @@ def key_hash(key: str) -> int:
 def held_out_mask(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.bool_]:
     """True for the `round(fraction * n)` smallest hashes, at least one and never all; `(n,)`.
 
-    A fraction of 0 holds none out, nor does a single document or image, with one line that says so.
+    Equal keys are always on the same side, so that no text is both trained on and validated on: there may be a few more
+    held out. A fraction of 0 holds none out, nor does data of a single key, with one line that says so.
     """
-    held_out = np.zeros(len(hashes), dtype=np.bool_)
     if fraction == 0:
-        return held_out
-    if len(hashes) < 2:
+        return np.zeros(len(hashes), dtype=np.bool_)
+    count = min(max(round(fraction * len(hashes)), 1), max(len(hashes) - 1, 1))
+    last = np.partition(hashes, count - 1)[count - 1]
+    held_out: npt.NDArray[np.bool_] = hashes <= last
+    if held_out.all():
+        held_out = hashes < last
+    if not held_out.any():
         logger.warning(
             "the data is a single document or image, so none is held out for validation; set data.validation_path"
         )
-        return held_out
-    count = min(max(round(fraction * len(hashes)), 1), len(hashes) - 1)
-    held_out[np.argsort(hashes, kind="stable")[:count]] = True
     return held_out

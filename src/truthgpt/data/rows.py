@@ -170,7 +170,10 @@ class RowReader:
         tally = self.tally
         self._check_bad_fraction(name)
         if tally.usable == 0:
-            raise DataError(f"0 usable documents in {name}: {tally.rows} rows, {tally.empty} without text")
+            raise DataError(
+                f"0 usable documents in {name}: {tally.rows} rows, {tally.empty} without text; set data.path to files "
+                "with text in them"
+            )
         if not report:
             return
         if tally.bad:

@@ -32,6 +32,8 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(rf"(?i)(--[\w-]*{_SECRET_NAME}\s+)(?!-)\S+"), rf"\1{_HIDDEN}"),
 )
 _SECRET_VARIABLE = re.compile(rf"(?i)(?:^|_){_SECRET_NAME}$")
+_NO_SECRETS = {"PWD", "OLDPWD"}
+"""Variables that look like a password's and hold the working directory."""
 _SHORTEST_SECRET = 8
 
 
@@ -48,7 +50,7 @@ def redact(text: str) -> str:
     """
     for name, value in os.environ.items():
         # A short value would also be a part of innocent words.
-        if len(value) >= _SHORTEST_SECRET and _SECRET_VARIABLE.search(name):
+        if len(value) >= _SHORTEST_SECRET and name not in _NO_SECRETS and _SECRET_VARIABLE.search(name):
             text = text.replace(value, _HIDDEN)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
