@@ -106,7 +106,7 @@ def build_components(config: Config) -> Components:
     callbacks = _build_callbacks(config, fallbacks)
     plan = _build_plan(config)
     build_task = build_image_task if config.model.task == IMAGES else build_text_task
-    task = build_task(config, plan, device, fallbacks)
+    task = build_task(config, plan, device, precision, fallbacks)
     max_steps = _max_steps(config, task)
     _compile(config, task, plan, precision, max_steps, fallbacks)
     return Components(

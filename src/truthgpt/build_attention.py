@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -14,6 +15,7 @@ from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.factories.attention import ATTENTION_BACKENDS
 from truthgpt.runtime.fallbacks import Fallbacks
+from truthgpt.runtime.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,12 @@ def attend(config: Config, model: PreTrainedModel, function: AttentionFunction, 
 
 
 def choose_packing(
-    config: Config, data: TextData, model: PreTrainedModel, function: AttentionFunction, attends: bool
+    config: Config,
+    data: TextData,
+    model: PreTrainedModel,
+    function: AttentionFunction,
+    attends: bool,
+    precision: Precision,
 ) -> bool:
     """Whether rows are packed: as `data.packing` says.
 
@@ -69,13 +76,14 @@ def choose_packing(
 
     Args:
         attends: whether the model uses the backend.
+        precision: what the run computes in; where that is half precision, other kernels are probed as well.
 
     Raises:
         ConfigError: `packing: true`, and documents would see each other.
     """
     if not wants_packing(config.data, data.has_rows):
         return False
-    reason = _cannot_pack(config, model, function, attends)
+    reason = _cannot_pack(config, model, function, attends, precision)
     if reason is None:
         return True
     if config.data.packing is True:
@@ -85,7 +93,9 @@ def choose_packing(
     return False
 
 
-def _cannot_pack(config: Config, model: PreTrainedModel, function: AttentionFunction, attends: bool) -> str | None:
+def _cannot_pack(
+    config: Config, model: PreTrainedModel, function: AttentionFunction, attends: bool, precision: Precision
+) -> str | None:
     """Why documents in one row would see each other, or None."""
     backend = config.model.attention.backend
     if not can_pack(config.data):
@@ -94,15 +104,17 @@ def _cannot_pack(config: Config, model: PreTrainedModel, function: AttentionFunc
         return f"{type(model).__name__} keeps transformers' own attention"
     if "packed" not in capabilities_of(function):
         return f"the attention backend {backend} declares no packed rows"
-    try:
-        errors = packed_errors(model, config.data.max_seq_len)
-    except (TypeError, ValueError) as error:
-        return f"{type(model).__name__} cannot run packed rows: {str(error).splitlines()[0]}"
-    if errors.exceeded:
-        return (
-            f"in {type(model).__name__} packed documents see each other (exchanging one moves the other's logits by "
-            f"{errors.leak:.1e}; packed and separate logits differ by {errors.separate:.1e})"
-        )
+    for half in (False, True) if precision.name != "none" else (False,):
+        try:
+            with precision.autocast() if half else nullcontext():
+                errors = packed_errors(model, config.data.max_seq_len)
+        except (TypeError, ValueError) as error:
+            return f"{type(model).__name__} cannot run packed rows: {str(error).splitlines()[0]}"
+        if errors.exceeded(half):
+            return (
+                f"in {type(model).__name__} packed documents see each other (exchanging one moves the other's logits "
+                f"by {errors.leak:.1e}; packed and separate logits differ by {errors.separate:.1e})"
+            )
     return None
 
 

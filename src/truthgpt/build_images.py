@@ -33,6 +33,7 @@ from truthgpt.models.image_classifier import (
 )
 from truthgpt.models.image_processor import PixelFormat, pixel_format_of, save_image_processor
 from truthgpt.runtime.fallbacks import Fallbacks
+from truthgpt.runtime.precision import Precision
 from truthgpt.task import TaskParts
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,9 @@ class ImageData:
     validation: npt.NDArray[np.int64]
 
 
-def build_image_task(config: Config, plan: MemoryPlan, device: torch.device, fallbacks: Fallbacks) -> TaskParts:
+def build_image_task(
+    config: Config, plan: MemoryPlan, device: torch.device, precision: Precision, fallbacks: Fallbacks
+) -> TaskParts:
     """Build in this order: images, architecture, pixel format, model, loaders.
 
     Raises:

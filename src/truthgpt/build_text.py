@@ -24,10 +24,13 @@ from truthgpt.models.causal_lm import (
 )
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.flops import training_flops_per_token
+from truthgpt.runtime.precision import Precision
 from truthgpt.task import TaskParts
 
 
-def build_text_task(config: Config, plan: MemoryPlan, device: torch.device, fallbacks: Fallbacks) -> TaskParts:
+def build_text_task(
+    config: Config, plan: MemoryPlan, device: torch.device, precision: Precision, fallbacks: Fallbacks
+) -> TaskParts:
     """Build in this order: architecture, backend, source, tokenizer, model, probes, loaders.
 
     Raises:
@@ -44,7 +47,8 @@ def build_text_task(config: Config, plan: MemoryPlan, device: torch.device, fall
     model = _build_model(config, architecture, tokenizer).to(device)
     if plan.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    packed = choose_packing(config, data, model, function, attend(config, model, function, fallbacks))
+    attends = attend(config, model, function, fallbacks)
+    packed = choose_packing(config, data, model, function, attends, precision)
     return TaskParts(
         model=model,
         objective=causal_lm_loss,

@@ -77,14 +77,23 @@ def test_the_probes_accept_every_family(family: str) -> None:
     model = model_of(FAMILIES[family]).train()
     assert dense_error(model, LENGTH) == 0.0
     errors = packed_errors(model, LENGTH)
-    assert errors.leak == 0.0 and errors.separate < 1e-6 and not errors.exceeded
+    assert errors.leak == 0.0 and errors.separate < 1e-6 and not errors.exceeded()
     assert model.training and model.config._attn_implementation == "truthgpt_sdpa"
 
 
-def test_the_probe_sees_a_leak() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_sees_a_leak(family: str) -> None:
     """Attention that ignores the borders: position ids alone do not keep documents apart."""
-    model = model_of(FAMILIES["llama"], install_attention("ignores_borders", reference_attention))
-    assert packed_errors(model, LENGTH).exceeded
+    model = model_of(FAMILIES[family], install_attention("ignores_borders", reference_attention))
+    errors = packed_errors(model, LENGTH)
+    assert errors.exceeded() and errors.exceeded(half_precision=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_accepts_half_precision(family: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = packed_errors(model_of(FAMILIES[family]), LENGTH)
+    assert errors.separate > 0 and not errors.exceeded(half_precision=True)
 
 
 def test_the_probe_sees_positions_that_do_not_restart() -> None:
@@ -97,7 +106,7 @@ def test_the_probe_sees_positions_that_do_not_restart() -> None:
 
     model.forward = without_positions  # type: ignore[method-assign]
     errors = packed_errors(model, LENGTH)
-    assert errors.leak <= LEAK_TOLERANCE and errors.exceeded, "no leak, and yet not what each document gives alone"
+    assert errors.leak <= LEAK_TOLERANCE and errors.exceeded(), "no leak, and yet not what each document gives alone"
 
 
 def test_the_probe_sees_one_mask_for_all_layers() -> None:

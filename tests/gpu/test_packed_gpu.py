@@ -76,7 +76,9 @@ def test_exchanging_a_document_leaves_the_others_alone_in_bf16(family: str) -> N
 def test_the_probes_accept_every_family(family: str) -> None:
     model = model_of(FAMILIES[family]).cuda()
     assert dense_error(model, 60) < 1e-5
-    assert not packed_errors(model, 60).exceeded
+    assert not packed_errors(model, 60).exceeded()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert not packed_errors(model, 60).exceeded(half_precision=True)
 
 
 def test_no_step_waits_for_the_gpu() -> None:

@@ -20,6 +20,9 @@ TOLERANCE = 1e-4
 """Largest difference of float32 logits, relative to the largest logit, that is put down to rounding."""
 LEAK_TOLERANCE = 1e-6
 """The same where nothing but a leak can make a difference: in one document, when another is exchanged."""
+HALF_TOLERANCE = 0.05
+"""Both in half precision. Small models of five families stay below 0.006 there, and are off by 0.04 to 1.3 (one of the
+two errors by 0.14 at least) when borders are ignored."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ class PackedErrors:
     leak: float
     separate: float
 
-    @property
-    def exceeded(self) -> bool:
+    def exceeded(self, half_precision: bool = False) -> bool:
         """Whether the documents are not kept apart."""
+        if half_precision:
+            return max(self.leak, self.separate) > HALF_TOLERANCE
         return self.leak > LEAK_TOLERANCE or self.separate > TOLERANCE
 
 
