@@ -202,7 +202,9 @@ def row_dataset(data: DataConfig, store: TokenStore, layout: Layout, documents: 
 
 def packed_dataset(config: Config, rows: RowDataset, tokenizer: PreTrainedTokenizerFast) -> PackedDataset:
     """Rows of `max_seq_len` tokens, each filled with several samples."""
-    return PackedDataset(rows, config.data.max_seq_len, int(tokenizer.pad_token_id), config.seed)
+    return PackedDataset(
+        rows, config.data.max_seq_len, int(tokenizer.pad_token_id), config.seed, cache_dir=default_cache_dir()
+    )
 
 
 def build_source(

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import logging
 import pickle
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -187,6 +190,160 @@ def test_rows_out_of_range_and_pickling(make_store: MakeStore) -> None:
         dataset.read(len(dataset))
     copy = pickle.loads(pickle.dumps(dataset))  # noqa: S301 - our own object, as a loader process gets it
     assert copy.read(0)["input_ids"].tolist() == dataset.read(0)["input_ids"].tolist()
+
+
+@pytest.fixture
+def samples(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> RowDataset:
+    """Forty samples, enough for an entry of the cache."""
+    monkeypatch.setattr(packing, "SMALL_SAMPLES", 40)
+    return RowDataset(make_store(rows(*("abcdefghij"[: 1 + n % 9] for n in range(40)))), 10, "truncate")
+
+
+def count_packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of samples of every window that is packed from now on."""
+    packed: list[int] = []
+    real = best_fit
+
+    def counted(lengths: npt.NDArray[np.int64], capacity: int, max_items: int) -> list[list[int]]:
+        packed.append(len(lengths))
+        return real(lengths, capacity, max_items)
+
+    monkeypatch.setattr(packing, "best_fit", counted)
+    return packed
+
+
+def members(dataset: PackedDataset) -> list[list[int]]:
+    return [dataset.row_documents(index) for index in range(len(dataset))]
+
+
+def test_second_start_packs_nothing(samples: RowDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = count_packings(monkeypatch)
+    expected = members(PackedDataset(samples, 10, 0, 1))
+    assert packed == [40]
+    datasets = [PackedDataset(samples, 10, pad_token_id, 1, tmp_path) for pad_token_id in (0, 0, 3)]
+    assert packed == [40, 40]
+    assert [members(dataset) for dataset in datasets] == [expected] * 3
+    assert {dataset.fill for dataset in datasets} == {PackedDataset(samples, 10, 0, 1).fill}
+    assert len(list((tmp_path / "packing").iterdir())) == 1
+    assert not (tmp_path / "cache" / "packing").exists()
+
+
+def test_what_shapes_a_packing_is_in_its_key(
+    make_store: MakeStore, samples: RowDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = RowDataset(make_store(rows(*["abc"] * 40)), 10, "truncate")
+    variants = [(samples, 10, 1), (samples, 10, 2), (samples, 12, 1), (other, 10, 1)]
+    for number, (dataset, length, seed) in enumerate(variants, start=1):
+        found = PackedDataset(dataset, length, 0, seed, tmp_path)
+        assert members(found) == members(PackedDataset(dataset, length, 0, seed))
+        assert len(list((tmp_path / "packing").iterdir())) == number
+    for number, version in enumerate(("PACKING_VERSION", "FORMAT_VERSION"), start=5):
+        monkeypatch.setattr(packing, version, 99)
+        PackedDataset(samples, 10, 0, 1, tmp_path)
+        assert len(list((tmp_path / "packing").iterdir())) == number
+
+
+def test_few_samples_are_not_kept(samples: RowDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SMALL_SAMPLES", 41)
+    PackedDataset(samples, 10, 0, 1, tmp_path)
+    assert not (tmp_path / "packing").exists()
+
+
+@pytest.mark.parametrize("name", ["members.bin", "borders.bin", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "other"])
+def test_damaged_packing_is_made_again(
+    samples: RowDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
+) -> None:
+    expected = members(PackedDataset(samples, 10, 0, 1, tmp_path))
+    (file,) = tmp_path.glob(f"packing/*/{name}")
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": content[:-1], "empty": b"", "other": b"[]"}[damage])
+    packed = count_packings(monkeypatch)
+    for _ in range(2):
+        assert members(PackedDataset(samples, 10, 0, 1, tmp_path)) == expected
+    assert packed == [40]
+
+
+def test_packing_of_another_number_of_samples_is_made_again(samples: RowDataset, tmp_path: Path) -> None:
+    expected = members(PackedDataset(samples, 10, 0, 1, tmp_path))
+    (folder,) = tmp_path.glob("packing/*")
+    (folder / "meta.json").write_text('{"samples": 1, "rows": 1}')
+    (folder / "members.bin").write_bytes(bytes(4))
+    (folder / "borders.bin").write_bytes(bytes(8))
+    assert members(PackedDataset(samples, 10, 0, 1, tmp_path)) == expected
+
+
+def test_cache_that_cannot_be_written_costs_only_time(
+    samples: RowDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "packing").write_text("a file")
+    assert members(PackedDataset(samples, 10, 0, 1, tmp_path)) == members(PackedDataset(samples, 10, 0, 1))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the samples are packed at every start" in caplog.text
+
+
+def test_disk_that_is_full_costs_only_time(
+    samples: RowDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packing, "write_synced", full)
+    packed = count_packings(monkeypatch)
+    assert len(members(PackedDataset(samples, 10, 0, 1, tmp_path))) > 1
+    assert packed == [40]  # not packed again after the failure
+    assert "No space left on device; free some space" in caplog.text
+    assert list((tmp_path / "packing").iterdir()) == []
+
+
+def test_of_two_that_want_the_same_packing_one_waits(
+    samples: RowDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    packed, begun, go, real = [], threading.Event(), threading.Event(), best_fit
+
+    def slow(lengths: npt.NDArray[np.int64], capacity: int, max_items: int) -> list[list[int]]:
+        packed.append(len(lengths))
+        begun.set()
+        assert go.wait(30)
+        return real(lengths, capacity, max_items)
+
+    monkeypatch.setattr(packing, "best_fit", slow)
+    caplog.set_level(logging.INFO)
+    found: list[PackedDataset] = []
+    makers = [
+        threading.Thread(target=lambda: found.append(PackedDataset(samples, 10, 0, 1, tmp_path)), daemon=True)
+        for _ in range(2)
+    ]
+    makers[0].start()
+    assert begun.wait(30)
+    makers[1].start()
+    deadline = time.monotonic() + 30
+    while "another process is packing the same samples; waiting for it" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    go.set()
+    for maker in makers:
+        maker.join()
+    assert packed == [40] and members(found[0]) == members(found[1])
+
+
+def test_kept_packing_pickles_small_and_without_the_arrays(samples: RowDataset, tmp_path: Path) -> None:
+    kept, made = PackedDataset(samples, 10, 0, 1, tmp_path), PackedDataset(samples, 10, 0, 1)
+    expected = members(made)
+    assert members(kept) == expected  # mapped by now
+    sizes = [len(pickle.dumps(dataset._packing)) for dataset in (kept, made)]
+    assert sizes[0] < 500 + 2 * len(str(tmp_path))
+    assert sizes[1] > 40 * 4
+    copy = pickle.loads(pickle.dumps(kept))  # noqa: S301 - our own object, as a loader process gets it
+    assert members(copy) == expected and copy.read(1)["labels"].tolist() == made.read(1)["labels"].tolist()
+
+
+@pytest.mark.parametrize(("samples", "bits"), [(1, 32), (2**31 - 1, 32), (2**31, 64)])
+def test_indices_have_room(samples: int, bits: int) -> None:
+    assert np.dtype(packing._index_dtype(samples)).itemsize * 8 == bits
 
 
 def test_the_packing_is_fixed_for_ever(make_store: MakeStore) -> None:

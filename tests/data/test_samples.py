@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from truthgpt.data import samples
 from truthgpt.data.base import IGNORED_LABEL, Document, Sample, Segment
 from truthgpt.data.samples import BlockDataset, ConcatenatedDataset, Overlong, RowDataset
 from truthgpt.errors import DataError
@@ -129,6 +130,28 @@ def test_overlong_row_as_error_is_named(make_store: MakeStore) -> None:
     with pytest.raises(DataError, match=r"row 1 \(from 0\): 5 tokens"):
         RowDataset(store, 4, "error")
     assert len(RowDataset(store, 5, "error")) == 2
+
+
+@same_fixture
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), min_size=1, max_size=30),
+    max_seq_len=st.integers(2, 8),
+    overlong=st.sampled_from(["truncate", "split", "drop"]),
+    at_once=st.integers(1, 50),
+)
+def test_every_piece_of_the_mask_is_looked_at(
+    make_store: MakeStore, pairs: list[tuple[int, int]], max_seq_len: int, overlong: Overlong, at_once: int
+) -> None:
+    documents = rows(("", "x"), ("y", ""), *[("p" * prompt, "c" * completion) for prompt, completion in pairs])
+    store = make_store(documents)
+    trained, offsets = store.trained, store.offsets.tolist()
+    assert trained is not None
+    starts, lengths = samples._windows(np.array(offsets), max_seq_len, overlong)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "_TOKENS_AT_ONCE", at_once)
+        found = samples._supervised(store, starts, lengths)
+    labels = [trained[start + 1 : start + length] for start, length in zip(starts, lengths, strict=True)]
+    assert found.tolist() == [bool(mask.any()) for mask in labels]
 
 
 def test_samples_without_a_supervised_token_are_left_out(

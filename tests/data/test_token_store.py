@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import multiprocessing
@@ -214,19 +213,6 @@ def _await(found: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def test_killed_writer_is_not_in_the_way(tmp_path: Path) -> None:
-    process = _start(tmp_path, tmp_path / "never", tmp_path / "lines")
-    _await(lambda: [path for path in tmp_path.glob("tokens/.*.tmp-*/tokens.bin") if path.stat().st_size])
-    process.kill()
-    process.join()
-    assert len(list((tmp_path / "tokens").iterdir())) == 2  # half a store and its lock
-    # Whoever makes another store clears up; whoever makes this one is not stopped.
-    for documents in (rows("other"), LONG):
-        store = tokenize_documents(all_of(documents), byte_encoder(), tmp_path)
-        assert not list(tmp_path.glob("tokens/.*"))
-    assert len(store) == 200 * 5001
-
-
 def test_of_two_processes_one_waits_for_the_other(tmp_path: Path) -> None:
     cache, go = tmp_path / "cache", tmp_path / "go"
     first = _start(cache, go, tmp_path / "first")
@@ -260,20 +246,6 @@ def test_waiting_process_takes_over_from_a_killed_one(tmp_path: Path) -> None:
     second.join()
     assert second.exitcode == 0
     assert "tokenized 200 documents" in (tmp_path / "second").read_text()
-
-
-def test_cache_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    (tmp_path / "tokens").mkdir()
-    other = tmp_path / "tokens" / ".0a.tmp-xyz"
-    other.mkdir()
-    store = tokenize_documents(all_of(rows("ab")), byte_encoder(), tmp_path)
-    assert contents(store) == ([*ids("ab"), END], None, [0, 3])
-    assert "No locks available" in caplog.text
-    assert other.exists()  # nobody knows whether its maker lives
 
 
 def test_store_does_not_depend_on_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +308,14 @@ def test_pickles_small_and_without_the_data(make_store: MakeStore) -> None:
     data = pickle.dumps(store)
     assert len(data) < 2000
     assert contents(pickle.loads(data)) == expected  # noqa: S301 - our own object, as a loader process gets it
+
+
+def test_part_of_the_mask_is_read(make_store: MakeStore) -> None:
+    store = make_store(rows(("ab", "c"), ("", "d")))
+    found = store.read_trained(1, 4)
+    assert found.tolist() == [0, 1, 1] and not isinstance(found, np.memmap)
+    with pytest.raises(ValueError, match="every token is trained"):
+        make_store(rows("ab")).read_trained(0, 1)
 
 
 def test_meta_is_plain_json(make_store: MakeStore) -> None:

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from truthgpt.data.base import IGNORED_LABEL, PackedSample, Sample
+from truthgpt.data.cache_entry import cache_errors, exclusive_maker, new_folder, write_synced
 from truthgpt.data.order import KeyedPermutation
+from truthgpt.errors import RunDirectoryError
 from truthgpt.runtime.seeds import derive_seed
+from truthgpt.runtime.task_progress import task_progress
 
 if TYPE_CHECKING:
     from truthgpt.data.samples import RowDataset
 
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Part of the key of a cache entry: a change of the files' layout raises it."""
 PACKING_VERSION = 1
 """Part of the fingerprint: a change of which samples share a row raises it."""
 PACKING_WINDOW = 16_384
@@ -25,8 +39,15 @@ ROWS_PER_WINDOW = 256
 """Rows that a window fills at least: only its last one is left with much padding."""
 TOKENS_PER_DOCUMENT = 4
 """A row holds at most one document per so many positions, which bounds the length of `cu_seq_lens`."""
+SMALL_SAMPLES = 50_000
+"""Fewer samples than these are packed at every start, in about 0.1 s, and not kept in the cache."""
+
+MEMBERS_FILE = "members.bin"
+BORDERS_FILE = "borders.bin"
+META_FILE = "meta.json"
 
 Int64Array = npt.NDArray[np.int64]
+IndexArray = npt.NDArray[np.int32 | np.int64]
 
 
 def max_packed_documents(max_seq_len: int) -> int:
@@ -121,22 +142,24 @@ class PackedDataset:
         max_seq_len: positions a row.
         pad_token_id: fills the rest of a row.
         seed: seed of the run.
+        cache_dir: folder of all caches, where the packing of 50,000 samples or more is kept; None: pack at every start.
     """
 
-    def __init__(self, rows: RowDataset, max_seq_len: int, pad_token_id: int, seed: int) -> None:
+    def __init__(
+        self, rows: RowDataset, max_seq_len: int, pad_token_id: int, seed: int, cache_dir: Path | None = None
+    ) -> None:
         self.fingerprint = hashlib.sha256(
             f"{rows.fingerprint} packed {PACKING_VERSION} {max_seq_len} {pad_token_id}".encode()
         ).hexdigest()
         self._rows = rows
         self._max_seq_len = max_seq_len
         self._pad_token_id = pad_token_id
-        lengths = rows.lengths.astype(np.int64)
-        self._members, self._borders = _pack(lengths, max_seq_len, derive_seed(seed, "packing"))
-        self.fill = int(lengths.sum()) / (len(self) * max_seq_len)
+        self._packing = _packing_of(rows, max_seq_len, seed, cache_dir)
+        self.fill = int(rows.lengths.sum(dtype=np.int64)) / (len(self) * max_seq_len)
         """Share of the positions that hold a token of a document."""
 
     def __len__(self) -> int:
-        return len(self._borders) - 1
+        return len(self._packing.borders) - 1
 
     def read(self, index: int, epoch: int = 0) -> PackedSample:
         """Row `index`, `(max_seq_len,)`."""
@@ -146,21 +169,123 @@ class PackedDataset:
     def row_documents(self, index: int) -> list[int]:
         """Indices, in the RowDataset, of the samples of row `index`, in order."""
         row = range(len(self))[index]
-        members: list[int] = self._members[self._borders[row] : self._borders[row + 1]].tolist()
+        borders = self._packing.borders
+        members: list[int] = self._packing.members[borders[row] : borders[row + 1]].tolist()
         return members
 
 
-def _pack(lengths: Int64Array, max_seq_len: int, key: int) -> tuple[Int64Array, Int64Array]:
-    """Members of all rows, one row after the other, `(samples,)`, and where each row starts, `(rows + 1,)`."""
-    order = KeyedPermutation(len(lengths), key)(np.arange(len(lengths), dtype=np.int64))
+@dataclass(frozen=True)
+class _Packing:
+    """Samples of all rows, one row after the other, `(samples,)`, and where each row starts, `(rows + 1,)`."""
+
+    members: IndexArray
+    borders: IndexArray
+
+
+@dataclass(frozen=True)
+class _PackingMeta:
+    """Contents of `meta.json`. Sizes follow from the counts; a file of another size is damaged."""
+
+    samples: int
+    rows: int
+
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes each file must have."""
+        index_bytes = np.dtype(_index_dtype(self.samples)).itemsize
+        return {MEMBERS_FILE: self.samples * index_bytes, BORDERS_FILE: (self.rows + 1) * index_bytes}
+
+
+class _StoredPacking:
+    """The packing of `samples` samples in the cache entry `folder`, as a `_Packing`.
+
+    Arrays are mapped on first use and never pickled, so a packing costs a loader process nothing. They are plain views:
+    slicing a memmap costs several times as much.
+
+    Raises:
+        OSError, TypeError, ValueError: no such entry, or a damaged one.
+    """
+
+    def __init__(self, folder: Path, samples: int) -> None:
+        self._folder = folder
+        self._dtype = _index_dtype(samples)
+        meta = _PackingMeta(**json.loads((folder / META_FILE).read_bytes()))
+        sizes = {name: (folder / name).stat().st_size for name in meta.file_sizes()}
+        if meta.samples != samples or meta.file_sizes() != sizes:
+            raise ValueError(f"{folder}: {sizes} for {meta} and {samples} samples")
+
+    @cached_property
+    def members(self) -> IndexArray:
+        """As in `_Packing`."""
+        return np.asarray(np.memmap(self._folder / MEMBERS_FILE, dtype=self._dtype, mode="r"))
+
+    @cached_property
+    def borders(self) -> IndexArray:
+        """As in `_Packing`."""
+        return np.asarray(np.memmap(self._folder / BORDERS_FILE, dtype=self._dtype, mode="r"))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_folder": self._folder, "_dtype": self._dtype}
+
+
+def _packing_of(rows: RowDataset, max_seq_len: int, seed: int, cache_dir: Path | None) -> _Packing | _StoredPacking:
+    """The packing of `rows`: from the cache, or made now and kept there unless it is small."""
+    samples = len(rows)
+    if cache_dir is None or samples < SMALL_SAMPLES:
+        return _pack(rows.lengths, max_seq_len, seed)
+    identity = f"{FORMAT_VERSION} {PACKING_VERSION} {rows.fingerprint} {max_seq_len} {seed}"
+    folder = cache_dir / "packing" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    packing: _Packing | _StoredPacking | None = _open(folder, samples)
+    if packing is not None:
+        return packing
+    try:
+        with exclusive_maker(folder, "packing the same samples"):
+            packing = _open(folder, samples)
+            if packing is None:
+                packing = _pack(rows.lengths, max_seq_len, seed)
+                _write(folder, packing)
+                packing = _open(folder, samples) or packing
+    except RunDirectoryError as error:
+        logger.warning("%s; the samples are packed at every start", error)
+    return packing or _pack(rows.lengths, max_seq_len, seed)
+
+
+def _open(folder: Path, samples: int) -> _StoredPacking | None:
+    """The packing in `folder`; None when there is none, or one that is damaged."""
+    try:
+        return _StoredPacking(folder, samples)
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+def _write(folder: Path, packing: _Packing) -> None:
+    with new_folder(folder) as temporary, cache_errors(folder):
+        write_synced(temporary / MEMBERS_FILE, packing.members.tobytes())
+        write_synced(temporary / BORDERS_FILE, packing.borders.tobytes())
+        meta = _PackingMeta(len(packing.members), len(packing.borders) - 1)
+        write_synced(temporary / META_FILE, json.dumps(asdict(meta)).encode())
+
+
+def _index_dtype(samples: int) -> type[np.int32 | np.int64]:
+    """The smaller type that counts to `samples`."""
+    return np.int32 if samples <= np.iinfo(np.int32).max else np.int64
+
+
+def _pack(lengths: npt.NDArray[np.int32], max_seq_len: int, seed: int) -> _Packing:
+    """Put the samples in an order keyed by `seed` and pack them window by window."""
+    samples = len(lengths)
+    dtype = _index_dtype(samples)
+    permutation = KeyedPermutation(samples, derive_seed(seed, "packing"))
+    order: IndexArray = permutation(np.arange(samples, dtype=np.int64)).astype(dtype)
     max_items = max_packed_documents(max_seq_len) - 1
-    samples_per_row = max_seq_len * len(lengths) // int(lengths.sum())
+    samples_per_row = max_seq_len * samples // int(lengths.sum(dtype=np.int64))
     window_size = max(PACKING_WINDOW, ROWS_PER_WINDOW * samples_per_row)
-    members = []
-    sizes = [0]
-    for first in range(0, len(order), window_size):
-        window = order[first : first + window_size]
-        packed = best_fit(lengths[window], max_seq_len, max_items)
-        members.append(window[np.concatenate([np.array(row, dtype=np.int64) for row in packed])])
-        sizes += [len(row) for row in packed]
-    return np.concatenate(members), np.cumsum(np.array(sizes, dtype=np.int64))
+    members: list[IndexArray] = []
+    sizes = array("q", [0])
+    with task_progress("packing", samples, "samples") as advance:
+        for first in range(0, samples, window_size):
+            window = order[first : first + window_size]
+            packed = best_fit(lengths[window].astype(np.int64), max_seq_len, max_items)
+            members.append(window[np.fromiter(chain.from_iterable(packed), dtype=np.int64, count=len(window))])
+            sizes.extend(len(row) for row in packed)
+            advance(len(window))
+    return _Packing(np.concatenate(members), np.cumsum(sizes, dtype=dtype))

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Overlong = Literal["truncate", "split", "drop", "error"]
 
 Int64Array = npt.NDArray[np.int64]
-_ROWS_AT_ONCE = 65_536
+_TOKENS_AT_ONCE = 2**22
 
 
 class BlockDataset:
@@ -90,7 +90,7 @@ class RowDataset:
         if self.overlong_rows and overlong == "error":
             _refuse(int(np.flatnonzero(too_long)[0]), lengths, max_seq_len, documents)
         starts, lengths = _windows(np.array(store.offsets), max_seq_len, overlong)
-        supervised = _supervised(store, starts, lengths) > 0
+        supervised = _supervised(store, starts, lengths)
         self.unsupervised_samples = int((~supervised).sum())
         """Samples left out because the loss counts none of their tokens."""
         self._starts = starts[supervised]
@@ -194,17 +194,24 @@ def _windows(offsets: Int64Array, max_seq_len: int, overlong: Overlong) -> tuple
     return starts, np.minimum(ends - starts, max_seq_len + 1)
 
 
-def _supervised(store: TokenStore, starts: Int64Array, lengths: Int64Array) -> Int64Array:
-    """Supervised labels of every sample. Reads the mask a few thousand rows at a time, to keep memory bounded."""
+def _supervised(store: TokenStore, starts: Int64Array, lengths: Int64Array) -> npt.NDArray[np.bool_]:
+    """Whether the loss counts a label of the sample, `(samples,)`. Reads the mask piece by piece, to bound memory."""
+    labelled = lengths > 1
     if store.trained is None:
-        return lengths - 1
-    counts = np.empty(len(starts), dtype=np.int64)
-    for first in range(0, len(starts), _ROWS_AT_ONCE):
-        rows = slice(first, first + _ROWS_AT_ONCE)
-        low, high = int(starts[rows][0]), int((starts[rows] + lengths[rows]).max())
-        running = np.concatenate([[0], np.cumsum(store.trained[low:high], dtype=np.int64)])
-        counts[rows] = running[starts[rows] + lengths[rows] - low] - running[starts[rows] + 1 - low]
-    return counts
+        return labelled
+    supervised = np.zeros(len(starts), dtype=np.bool_)
+    samples = np.flatnonzero(labelled)
+    first_labels, ends = starts[samples] + 1, starts[samples] + lengths[samples]
+    first = 0
+    while first < len(samples):
+        low = int(first_labels[first])
+        stop = int(np.searchsorted(first_labels, low + _TOKENS_AT_ONCE))
+        borders = np.stack([first_labels[first:stop], ends[first:stop]], axis=1).ravel() - low
+        trained = store.read_trained(low, low + int(borders[-1]))
+        # Every second piece lies between two samples; the last end is the end of what was read.
+        supervised[samples[first:stop]] = np.maximum.reduceat(trained, borders[:-1])[::2]
+        first = stop
+    return supervised
 
 
 def _refuse(row: int, lengths: Int64Array, max_seq_len: int, documents: Iterable[Document] | None) -> None:

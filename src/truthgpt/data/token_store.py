@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from truthgpt.data.cache_entry import cache_errors, exclusive_maker, new_folder, write_synced
 from truthgpt.data.parallel_encoding import parallel_runs
-from truthgpt.data.source_index import cache_errors, exclusive_maker, new_folder, write_synced
 from truthgpt.data.split import DocumentSet
 from truthgpt.data.tokenization import DocumentEncoder, TokenRun
 from truthgpt.errors import DataError
@@ -104,6 +104,16 @@ class TokenStore:
     def offsets(self) -> npt.NDArray[np.int64]:
         """Document i is `tokens[offsets[i]:offsets[i + 1]]`, `(documents + 1,)`."""
         return np.memmap(self.folder / OFFSETS_FILE, dtype=np.int64, mode="r")
+
+    def read_trained(self, first: int, end: int) -> npt.NDArray[np.uint8]:
+        """`trained[first:end]`, read instead of mapped: mapped pages would stay in the memory of the process.
+
+        Raises:
+            ValueError: the loss counts every token, so there is no mask.
+        """
+        if self.trained is None:
+            raise ValueError(f"{self.folder}: every token is trained")
+        return np.fromfile(self.folder / TRAINED_FILE, dtype=np.uint8, count=end - first, offset=first)
 
     def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "meta": self.meta}
