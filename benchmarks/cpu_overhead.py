@@ -75,17 +75,14 @@ def run_plain(steps: int) -> float:
     from transformers import AutoModelForCausalLM
 
     from truthgpt import load_config
-    from truthgpt.build_data import build_text_data, build_tokenizer, token_store
-    from truthgpt.data.split import DocumentSet
+    from truthgpt.build_data import build_text_data, build_tokenizer, tokenize_text
     from truthgpt.models.architecture import load_architecture
 
     config = load_config(None, overrides(steps, Path("unused")))
     training, length = config.training, config.data.max_seq_len
     data = build_text_data(config)
     tokenizer = build_tokenizer(config, data)
-    documents = data.parts[0].train
-    assert isinstance(documents, DocumentSet)
-    tokens = token_store(documents, tokenizer).tokens
+    tokens = tokenize_text(data, tokenizer).stores[0].tokens
     architecture = load_architecture(None, {**config.model.config, "vocab_size": len(tokenizer)}, False)
     model = AutoModelForCausalLM.from_config(architecture, attn_implementation="sdpa", dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(

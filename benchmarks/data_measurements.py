@@ -109,7 +109,13 @@ def build(overrides: Sequence[str]) -> Any:
     import torch
 
     from truthgpt import load_config
-    from truthgpt.build_data import build_eval_loader, build_text_data, build_tokenizer, build_train_loader
+    from truthgpt.build_data import (
+        build_eval_loader,
+        build_text_data,
+        build_tokenizer,
+        build_train_loader,
+        tokenize_text,
+    )
     from truthgpt.memory.base import MemoryPlan
     from truthgpt.runtime.fallbacks import Fallbacks
 
@@ -119,7 +125,8 @@ def build(overrides: Sequence[str]) -> Any:
     training, device, fallbacks = config.training, torch.device("cpu"), Fallbacks(False)
     plan = MemoryPlan(training.train_batch_size, training.grad_accum_steps, False)
     packed = config.data.packing is True
-    loader = build_train_loader(config, data, tokenizer, plan, packed, device, fallbacks)
+    text = tokenize_text(data, tokenizer)
+    loader = build_train_loader(config, text, plan, packed, device, fallbacks)
     build_eval_loader(config, data, tokenizer, packed, device, fallbacks)
     return loader
 
@@ -175,12 +182,11 @@ def load_samples(work: Work) -> dict[str, list[dict[str, float]]]:
     from torch.utils.data import DataLoader, Dataset
 
     from truthgpt import load_config
-    from truthgpt.build_data import build_text_data, build_tokenizer, token_store
+    from truthgpt.build_data import build_text_data, build_tokenizer, tokenize_text
     from truthgpt.data.batch_order import ShuffledOrder
     from truthgpt.data.collate import LMCollator
     from truthgpt.data.loader import GlobalBatchLoader, WorkerSettings
     from truthgpt.data.samples import BlockDataset
-    from truthgpt.data.split import DocumentSet
 
     text = work.folder / "blocks.txt"
     write_lines(text, corpus(min(work.mb, TOKENIZER_MB)))
@@ -188,9 +194,7 @@ def load_samples(work: Work) -> dict[str, list[dict[str, float]]]:
         None, ["data.source=text", f"data.path={text}", "data.validation_fraction=0", "model.tokenizer.type=byte"]
     )
     data = build_text_data(config)
-    documents = data.parts[0].train
-    assert isinstance(documents, DocumentSet)
-    store = token_store(documents, build_tokenizer(config, data))
+    store = tokenize_text(data, build_tokenizer(config, data)).stores[0]
     blocks = BlockDataset(store, BLOCK_TOKENS)
 
     class PlainBlocks(Dataset[tuple[torch.Tensor, torch.Tensor]]):

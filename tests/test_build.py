@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.plugins.reference_attention import reference_attention
 from tests.sample_data import BASE, write_sources
 from truthgpt.build import Components, build_components, build_evaluation
 from truthgpt.build_trainer import build_trainer
 from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, DataError, RunDirectoryError
+from truthgpt.factories.attention import ATTENTION_BACKENDS
 from truthgpt.factories.callbacks import CALLBACKS
 from truthgpt.factories.registry import Availability, Registry
 from truthgpt.load_model import LoadedModel
@@ -146,3 +149,64 @@ def test_config_is_checked_before_data_is_read(tmp_path: Path) -> None:
         build(tmp_path, "model.config={model_type: gpt2, n_layers: 2}", f"data.path={tmp_path / 'missing.txt'}")
     with pytest.raises(DataError, match="missing"):
         build(tmp_path, f"data.path={tmp_path / 'missing.txt'}")
+
+
+ROWS = ("data.source=jsonl", "data.validation_fraction=0.1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "packed"),
+    [
+        ((), False),
+        (("data.packing=true",), True),
+        (ROWS, True),
+        ((*ROWS, "data.packing=false"), False),
+        ((*ROWS, "data.bucket_by_length=true"), False),
+        ((*ROWS, "data.collate={type: lm, pad_to_multiple_of: 8}"), False),
+        ((*ROWS, "model.attention.backend=own"), False),
+    ],
+)
+def test_what_is_packed(tmp_path: Path, overrides: tuple[str, ...], packed: bool) -> None:
+    with registered(ATTENTION_BACKENDS, "own", lambda: reference_attention):
+        components = build(tmp_path, *overrides)
+    assert ("cu_seq_lens" in next(components.train_loader.batches()).micro_batches[0]) == packed
+    assert components.eval_loader is not None
+    assert ("cu_seq_lens" in next(iter(components.eval_loader))) == packed
+    assert components.task.fixed_shapes == (packed or not overrides)
+
+
+def test_auto_pads_where_packing_fills_less(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Samples of more than half a row cannot share one."""
+    rows = [{"text": f"{number:02} is a row of twenty-one"} for number in range(40)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = (*ROWS, f"data.path={tmp_path / 'long.jsonl'}")
+    with caplog.at_level(logging.INFO):
+        padded = build(tmp_path, *long)
+    assert "cu_seq_lens" not in next(padded.train_loader.batches()).micro_batches[0]
+    assert "rows are padded, not packed: padding fills 100%" in caplog.text
+    packed = build(tmp_path, *long, "data.packing=true")
+    assert "cu_seq_lens" in next(packed.train_loader.batches()).micro_batches[0]
+
+
+def test_packing_a_model_that_cannot_keep_documents_apart_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    falcon = "model.config={model_type: falcon, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+    with pytest.raises(ConfigError, match=r"data.packing: true, but FalconForCausalLM keeps transformers' own"):
+        build(tmp_path, *ROWS, falcon, "data.packing=true")
+    with caplog.at_level(logging.INFO):
+        components = build(tmp_path, *ROWS, falcon)
+    assert "rows are padded, not packed: FalconForCausalLM" in caplog.text
+    assert [fallback["part"] for fallback in components.fallbacks.to_json()] == ["model.attention.backend"]
+
+
+def test_a_model_with_masks_of_its_own_keeps_transformers_attention(tmp_path: Path) -> None:
+    llama4 = (
+        "model.config={model_type: llama4_text, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 4, "
+        "num_attention_heads: 2, num_key_value_heads: 2, head_dim: 16, attention_chunk_size: 8, num_local_experts: 2, "
+        "intermediate_size_mlp: 32, num_experts_per_tok: 1, max_position_embeddings: 64}"
+    )
+    components = build(tmp_path, llama4)
+    (fallback,) = components.fallbacks.to_json()
+    assert "needs masks of its own" in fallback["reason"]
+    assert components.model.config._attn_implementation == "sdpa"

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from truthgpt.attention.base import AttentionFunction, capabilities_of
 from truthgpt.attention.install import check_attention, install_attention
 from truthgpt.attention.probe import TOLERANCE, dense_error, packed_errors
-from truthgpt.build_data import TextData, can_pack, wants_packing
+from truthgpt.build_data import TokenizedText, can_pack, packing_pays, wants_packing
 from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.factories.attention import ATTENTION_BACKENDS
@@ -64,7 +64,7 @@ def attend(config: Config, model: PreTrainedModel, function: AttentionFunction, 
 
 def choose_packing(
     config: Config,
-    data: TextData,
+    text: TokenizedText,
     model: PreTrainedModel,
     function: AttentionFunction,
     attends: bool,
@@ -72,7 +72,8 @@ def choose_packing(
 ) -> bool:
     """Whether rows are packed: as `data.packing` says.
 
-    `auto` packs rows wherever documents can be kept apart, unless the YAML says how to pad them.
+    `auto` packs rows wherever documents can be kept apart, unless padding fills rows better or the YAML says how to
+    pad them.
 
     Args:
         attends: whether the model uses the backend.
@@ -81,11 +82,11 @@ def choose_packing(
     Raises:
         ConfigError: `packing: true`, and documents would see each other.
     """
-    if not wants_packing(config.data, data.has_rows):
+    if not wants_packing(config.data, text.data.has_rows):
         return False
     reason = _cannot_pack(config, model, function, attends, precision)
     if reason is None:
-        return True
+        return config.data.packing is True or packing_pays(config, text)
     if config.data.packing is True:
         hint = "set it to false, or to auto"
         raise ConfigError([Problem(key="data.packing", message=f"true, but {reason}", suggestion=hint)])

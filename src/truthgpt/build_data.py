@@ -30,7 +30,7 @@ from truthgpt.data.base import (
 from truthgpt.data.batch_order import BucketedOrder, MixedOrder, ShuffledOrder, SourceShare, sample_weights
 from truthgpt.data.chat import load_chat_template
 from truthgpt.data.loader import EvalLoader, GlobalBatchLoader, WorkerSettings
-from truthgpt.data.packing import PackedDataset
+from truthgpt.data.packing import PackedDataset, compare_filling
 from truthgpt.data.rows import BadRowPolicy, RowFields
 from truthgpt.data.samples import BlockDataset, ConcatenatedDataset, RowDataset
 from truthgpt.data.split import DocumentSet, split_documents
@@ -86,6 +86,15 @@ class TextData:
                 yield from part.train
 
 
+@dataclass(frozen=True)
+class TokenizedText:
+    """The documents of a run with their tokenizer; `stores` hold the training tokens of every part, none of streams."""
+
+    data: TextData
+    tokenizer: PreTrainedTokenizerFast
+    stores: tuple[TokenStore, ...]
+
+
 def build_text_data(config: Config) -> TextData:
     """Divide every source into training and validation documents; read only those not known from an earlier start.
 
@@ -114,16 +123,17 @@ def build_tokenizer(config: Config, data: TextData) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def tokenize_text(data: TextData, tokenizer: PreTrainedTokenizerFast) -> TokenizedText:
+    """The training tokens of every source, from the cache or made now; streams are tokenised while training."""
+    documents = [part.train for part in data.parts if isinstance(part.train, DocumentSet)]
+    return TokenizedText(data, tokenizer, tuple(_token_store(one, tokenizer) for one in documents))
+
+
 def build_train_loader(
-    config: Config,
-    data: TextData,
-    tokenizer: PreTrainedTokenizerFast,
-    plan: MemoryPlan,
-    packed: bool,
-    device: torch.device,
-    fallbacks: Fallbacks,
+    config: Config, text: TokenizedText, plan: MemoryPlan, packed: bool, device: torch.device, fallbacks: Fallbacks
 ) -> TrainLoader:
     """Global batches of the training documents, in an order that depends on the seed alone."""
+    data, tokenizer = text.data, text.tokenizer
     collate = _collator(config.data, tokenizer, plan.micro_batch_size if packed else None)
     workers, pin_memory = worker_settings(config.data, fallbacks), device.type == "cuda"
     streams = [part.train for part in data.parts if isinstance(part.train, WeightedStream)]
@@ -131,10 +141,13 @@ def build_train_loader(
         encoder = DocumentEncoder(tokenizer, len(tokenizer))
         settings = _stream_settings(config, tokenizer, plan, packed)
         return StreamLoader(streams, encoder, collate, settings, config.seed, workers, pin_memory)
-    documents = [(part.train, part.layout) for part in data.parts if isinstance(part.train, DocumentSet)]
-    tokenized = [_tokenized(config, train, layout, tokenizer, packed) for train, layout in documents]
-    order = _order(config, tokenized, [part.weight for part in data.parts], plan)
-    return GlobalBatchLoader(_joined([part.dataset for part in tokenized]), collate, order, workers, pin_memory)
+    datasets = [
+        _samples(config, store, part.train, part.layout, tokenizer, packed)
+        for part, store in zip(data.parts, text.stores, strict=True)
+        if isinstance(part.train, DocumentSet)
+    ]
+    order = _order(config, datasets, text, plan)
+    return GlobalBatchLoader(_joined(datasets), collate, order, workers, pin_memory)
 
 
 def build_eval_loader(
@@ -147,7 +160,7 @@ def build_eval_loader(
 ) -> EvalLoader | None:
     """Batches of the validation documents of all sources; None when nothing is held out."""
     datasets = [
-        _tokenized(config, part.validation, part.layout, tokenizer, packed).dataset
+        _samples(config, _token_store(part.validation, tokenizer), part.validation, part.layout, tokenizer, packed)
         for part in data.parts
         if part.validation is not None
     ]
@@ -184,12 +197,30 @@ def wants_packing(data: DataConfig, has_rows: bool) -> bool:
     return data.packing
 
 
+def packing_pays(config: Config, text: TokenizedText) -> bool:
+    """Whether packed rows hold more tokens than padded ones: two samples may not fit into one row.
+
+    Of a stream nothing is known before, and its rows are packed.
+    """
+    lengths = [
+        np.clip(np.diff(store.offsets) - 1, 1, config.data.max_seq_len)
+        for store, part in zip(text.stores, text.data.parts, strict=False)
+        if part.layout == "rows"
+    ]
+    if not lengths:
+        return True
+    packed, padded = compare_filling(np.concatenate(lengths), config.data.max_seq_len, config.training.train_batch_size)
+    if packed < padded:
+        logger.info("rows are padded, not packed: padding fills %.0f%%, packing %.0f%%", 100 * padded, 100 * packed)
+    return packed >= padded
+
+
 def can_pack(data: DataConfig) -> bool:
     """Whether the collator takes packed rows."""
     return accepts(COLLATORS.entry(data.collate.type).build, "packed_rows")
 
 
-def token_store(documents: DocumentSet, tokenizer: PreTrainedTokenizerFast) -> TokenStore:
+def _token_store(documents: DocumentSet, tokenizer: PreTrainedTokenizerFast) -> TokenStore:
     """The tokens of `documents`, from the cache or made now on all cores."""
     encoder = DocumentEncoder(tokenizer, len(tokenizer))
     return tokenize_documents(documents, encoder, default_cache_dir(), processes=usable_cores())
@@ -298,24 +329,19 @@ def _tokenizer(config: Config, data: TextData) -> PreTrainedTokenizerFast:
     return train_bpe_tokenizer((document.text for document in data.train_documents()), wanted.vocab_size)
 
 
-@dataclass(frozen=True)
-class _Tokenized:
-    """The samples of a source, and the tokens they were cut from."""
-
-    dataset: BlockDataset | RowDataset | PackedDataset
-    store: TokenStore
-
-
-def _tokenized(
-    config: Config, documents: DocumentSet, layout: Layout, tokenizer: PreTrainedTokenizerFast, packed: bool
-) -> _Tokenized:
-    store = token_store(documents, tokenizer)
+def _samples(
+    config: Config,
+    store: TokenStore,
+    documents: DocumentSet,
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerFast,
+    packed: bool,
+) -> BlockDataset | RowDataset | PackedDataset:
+    """The samples of one source, cut from its tokens."""
     if layout == "stream" and not packed:
-        return _Tokenized(BlockDataset(store, config.data.max_seq_len), store)
+        return BlockDataset(store, config.data.max_seq_len)
     rows = row_dataset(config.data, store, layout, documents)
-    if packed:
-        return _Tokenized(packed_dataset(config, rows, tokenizer), store)
-    return _Tokenized(rows, store)
+    return packed_dataset(config, rows, tokenizer) if packed else rows
 
 
 def _stream_settings(
@@ -336,20 +362,25 @@ def _stream_settings(
     )
 
 
-def _order(config: Config, tokenized: list[_Tokenized], weights: list[float | None], plan: MemoryPlan) -> BatchOrder:
+def _order(
+    config: Config,
+    datasets: Sequence[BlockDataset | RowDataset | PackedDataset],
+    text: TokenizedText,
+    plan: MemoryPlan,
+) -> BatchOrder:
     sizes = (plan.micro_batch_size, plan.grad_accum_steps, config.seed)
     bins = bucket_bins(config.data)
-    given = [weight for weight in weights if weight is not None]
-    if given:
-        samples = [len(part.dataset) for part in tokenized]
-        documents = [part.store.meta.documents for part in tokenized]
-        tokens = [part.store.meta.tokens for part in tokenized]
-        shares = sample_weights(given, config.data.mix_by, samples, documents, tokens)
+    weights = [part.weight for part in text.data.parts if part.weight is not None]
+    if weights:
+        samples = [len(dataset) for dataset in datasets]
+        documents = [store.meta.documents for store in text.stores]
+        tokens = [store.meta.tokens for store in text.stores]
+        shares = sample_weights(weights, config.data.mix_by, samples, documents, tokens)
         return MixedOrder([SourceShare(n, share) for n, share in zip(samples, shares, strict=True)], *sizes)
     if bins is not None:
-        lengths = [part.dataset.lengths for part in tokenized if not isinstance(part.dataset, PackedDataset)]
+        lengths = [dataset.lengths for dataset in datasets if not isinstance(dataset, PackedDataset)]
         return BucketedOrder(np.concatenate(lengths), bins, *sizes, max_tokens=config.data.max_tokens)
-    return ShuffledOrder(sum(len(part.dataset) for part in tokenized), *sizes)
+    return ShuffledOrder(sum(len(dataset) for dataset in datasets), *sizes)
 
 
 def _joined(datasets: list[Any]) -> SampleDataset:

@@ -6,7 +6,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from truthgpt.build_attention import attend, build_attention, choose_packing
-from truthgpt.build_data import build_eval_loader, build_text_data, build_tokenizer, build_train_loader
+from truthgpt.build_data import (
+    build_eval_loader,
+    build_text_data,
+    build_tokenizer,
+    build_train_loader,
+    tokenize_text,
+)
 from truthgpt.config.schema import Config
 from truthgpt.data.base import Batch
 from truthgpt.data.collate import PackedCollator
@@ -31,7 +37,7 @@ from truthgpt.task import TaskParts
 def build_text_task(
     config: Config, plan: MemoryPlan, device: torch.device, precision: Precision, fallbacks: Fallbacks
 ) -> TaskParts:
-    """Build in this order: architecture, backend, source, tokenizer, model, probes, loaders.
+    """Build in this order: architecture, backend, source, tokenizer, model, tokens, probes, loaders.
 
     Raises:
         ConfigError: a name or value that only the libraries or the machine can refuse.
@@ -48,13 +54,14 @@ def build_text_task(
     if plan.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     attends = attend(config, model, function, fallbacks)
-    packed = choose_packing(config, data, model, function, attends, precision)
+    text = tokenize_text(data, tokenizer)
+    packed = choose_packing(config, text, model, function, attends, precision)
     return TaskParts(
         model=model,
         objective=causal_lm_loss,
         tokenizer=tokenizer,
         processor=tokenizer,
-        train_loader=build_train_loader(config, data, tokenizer, plan, packed, device, fallbacks),
+        train_loader=build_train_loader(config, text, plan, packed, device, fallbacks),
         eval_loader=build_eval_loader(config, data, tokenizer, packed, device, fallbacks),
         example=_example(plan.micro_batch_size, length, packed),
         fixed_shapes=packed or not data.has_rows,

@@ -16,13 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from truthgpt.build_data import (
     TextData,
     TextPart,
+    TokenizedText,
     bucket_bins,
     build_text_data,
     build_tokenizer,
     packed_dataset,
+    packing_pays,
     row_dataset,
     rows_per_micro_batch,
-    token_store,
+    tokenize_text,
     training_documents,
     wants_packing,
 )
@@ -116,8 +118,11 @@ def inspect_text(config: Config, first_samples: int) -> Inspection:
     """
     data = build_text_data(config)
     tokenizer = build_tokenizer(config, data)
+    streamed = any(isinstance(part.train, WeightedStream) for part in data.parts)
     parts = [(_documents(part), part.layout) for part in data.parts]
-    stores = [token_store(documents, tokenizer) for documents, _ in parts]
+    heads = [dataclasses.replace(part, train=documents) for part, (documents, _) in zip(data.parts, parts, strict=True)]
+    text = tokenize_text(TextData(tuple(heads)), tokenizer)
+    stores = text.stores
     rows = [
         row_dataset(config.data, store, layout, documents)
         for store, (documents, layout) in zip(stores, parts, strict=True)
@@ -128,7 +133,7 @@ def inspect_text(config: Config, first_samples: int) -> Inspection:
         for store, (_, layout) in zip(stores, parts, strict=True)
         if layout == "stream"
     ]
-    chosen = _chosen(config, data)
+    chosen = _chosen(config, text, streamed)
     datasets: dict[str, Sequence[SampleDataset]] = {"packing": packed, "joined": joined}
     shown = datasets.get(chosen, rows)
     lengths = np.concatenate([dataset.lengths for dataset in rows]).astype(np.int64)
@@ -152,7 +157,7 @@ def inspect_text(config: Config, first_samples: int) -> Inspection:
             [_written(marked_tokens(piece), tokenizer) for piece in packed_documents(shown[0].read(index))]
             for index in range(min(first_samples, len(shown[0])))
         ],
-        partial=any(isinstance(part.train, WeightedStream) for part in data.parts),
+        partial=streamed,
     )
 
 
@@ -174,11 +179,12 @@ class _Head:
         return islice(training_documents(self.stream), STREAM_DOCUMENTS)
 
 
-def _chosen(config: Config, data: TextData) -> str:
-    """The way of batching that `data` asks for; `auto` packs rows, which the model has still to allow."""
-    if wants_packing(config.data, data.has_rows):
+def _chosen(config: Config, text: TokenizedText, streamed: bool) -> str:
+    """The way of batching that a run would take, if the model allows packing."""
+    has_rows = text.data.has_rows
+    if wants_packing(config.data, has_rows) and (config.data.packing is True or streamed or packing_pays(config, text)):
         return "packing"
-    if not data.has_rows:
+    if not has_rows:
         return "joined"
     return "bucketing" if config.data.bucket_by_length else "padding"
 

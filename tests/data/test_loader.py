@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import islice
 
@@ -24,7 +23,11 @@ from truthgpt.data.base import Batch, BatchOrder, GlobalBatch, Sample
 from truthgpt.data.batch_order import BucketedOrder, MixedOrder, ShuffledOrder, SourceShare
 from truthgpt.data.collate import LMCollator
 from truthgpt.data.loader import EvalLoader, GlobalBatchLoader, WorkerSettings, supervised_tokens
+from truthgpt.data.stream_loader import StreamLoader, WeightedStream
 from truthgpt.errors import DataError
+
+from .stream_fakes import ENCODER, END, ListStream, numbered
+from .stream_fakes import settings as stream_settings
 
 
 class Counting:
@@ -42,12 +45,41 @@ class Counting:
         return {"input_ids": values, "labels": values}
 
 
+class Counted(Counting):
+    """Counts the samples that its processes have read."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples)
+        self.count = multiprocessing.Value("q", 0)
+
+    def read(self, index: int, epoch: int = 0) -> Sample:
+        with self.count:
+            self.count.value += 1
+        return super().read(index, epoch)
+
+    def wait_for(self, samples: int) -> None:
+        while self.count.value < samples:
+            time.sleep(0.01)
+        time.sleep(0.2)  # for what was read last to be put into the pipe
+
+
+def byte_stream(workers: WorkerSettings) -> StreamLoader:
+    stream = WeightedStream("numbers", ListStream([numbered(2000)]))
+    return StreamLoader([stream], ENCODER, LMCollator(END), stream_settings(), 7, workers)
+
+
 def loader(
-    samples: int = 23, micro: int = 2, accum: int = 3, seed: int = 1, workers: int = 0, dataset: Counting | None = None
+    samples: int = 23,
+    micro: int = 2,
+    accum: int = 3,
+    seed: int = 1,
+    workers: int = 0,
+    dataset: Counting | None = None,
+    prefetch: int = 2,
 ) -> GlobalBatchLoader:
     data = dataset or Counting(samples)
     order = ShuffledOrder(len(data), micro, accum, seed)
-    return GlobalBatchLoader(data, LMCollator(0), order, WorkerSettings(num_workers=workers))
+    return GlobalBatchLoader(data, LMCollator(0), order, WorkerSettings(workers, prefetch))
 
 
 def epoch_steps(source: GlobalBatchLoader) -> int:
@@ -138,6 +170,67 @@ def test_processes_change_nothing_and_end() -> None:
     assert no_child_left()
 
 
+DTYPES = [
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.uint16),
+]
+
+
+class OddBatches:
+    """A collator of every kind of tensor; the first sample of a batch decides the bits of all of them."""
+
+    def __init__(self, large: int = 0) -> None:
+        self.large = large
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        generator = torch.Generator().manual_seed(int(samples[0]["input_ids"][0]))
+        bits = torch.randint(0, 256, (6, 16), dtype=torch.uint8, generator=generator)
+        batch = {str(dtype): (bits % 2 if dtype is torch.bool else bits).view(dtype) for dtype in DTYPES}
+        return batch | {
+            "labels": torch.arange(len(samples)),
+            "scalar": bits[0, 0].to(torch.bfloat16),
+            "odd length": bits[0, :3],
+            "empty": torch.empty(3, 0, 2),
+            "transposed": bits.T,
+            "expanded": bits[:1].expand(5, 16),
+            "parameter": torch.nn.Parameter(bits[0].float()),
+            "gradient": bits[0].float().requires_grad_(),
+            "sparse": bits.to_sparse(),
+            "large": bits[0, 0].repeat(self.large),
+        }
+
+
+def memory(batch: Batch) -> set[int]:
+    return {
+        tensor.untyped_storage().data_ptr()
+        for tensor in batch.values()
+        if tensor.numel() and not tensor.is_sparse and not tensor.requires_grad
+    }
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    return bytes(dense.contiguous().flatten().view(torch.uint8).tolist())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.parametrize("large", [0, loader_processes.ONE_PIECE_BYTES])
+def test_processes_hand_over_every_bit_of_any_tensor(large: int) -> None:
+    def made(workers: int) -> list[Batch]:
+        source = EvalLoader(Counting(9), OddBatches(large), 2, WorkerSettings(workers))
+        return list(source)
+
+    for expected, found in zip(made(0), made(2), strict=True):
+        assert list(found) == list(expected)
+        for name, tensor in expected.items():
+            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+            assert bytes_of(found[name]) == bytes_of(tensor), name
+            assert found[name].requires_grad == tensor.requires_grad
+        found["labels"] += 1  # not read-only
+        assert bytes_of(found["scalar"]) == bytes_of(expected["scalar"]), "parts do not overlap"
+        assert (len(memory(found)) == 1) == (large == 0), "small batches travel in one piece"
+
+
 def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -219,39 +312,58 @@ def test_processes_ignore_the_signals_of_the_group() -> None:
     assert no_child_left()
 
 
+PARENT = """
+import multiprocessing, os, signal, time
+from tests_data_test_loader import Counted, Counting, byte_stream, loader
+from truthgpt.data.collate import LMCollator
+from truthgpt.data.loader import EvalLoader, WorkerSettings
+"""
+
+PASSES = {
+    "training": """
+dataset = Counted(10**6)
+batches = loader(workers=2, dataset=dataset, prefetch=300).batches()
+next(batches)
+dataset.wait_for(2 * 2 * 300)  # all that may be prepared: more messages than the pipe holds
+""",
+    "training and validation": """
+batches = loader(2000, workers=1).batches()
+next(batches)
+validation = EvalLoader(Counting(9), LMCollator(0), 2, WorkerSettings(1, 2, True))
+list(validation)
+""",
+    "a stream and validation": """
+batches = byte_stream(WorkerSettings(2, 300)).batches()
+next(batches)
+dataset = Counted(10**6)
+validation = iter(EvalLoader(dataset, LMCollator(0), 2, WorkerSettings(1, 600, True)))
+next(validation)
+dataset.wait_for(2 * 600)
+""",
+}
+
+
 @pytest.mark.parametrize("ending", ["raise SystemExit(9)", "os.kill(os.getpid(), signal.SIGKILL)"])
-def test_no_orphans_when_the_parent_ends_without_closing(ending: str) -> None:
-    program = textwrap.dedent(
-        f"""
-        import multiprocessing, os, signal
-        from tests_data_test_loader import Counting, loader
-        from truthgpt.data.collate import LMCollator
-        from truthgpt.data.loader import EvalLoader, WorkerSettings
-        batches = loader(2000, workers=1).batches()
-        next(batches)
-        validation = EvalLoader(Counting(9), LMCollator(0), 2, WorkerSettings(1, 2, True))
-        list(validation)
-        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-        {ending}
-        """
-    )
+@pytest.mark.parametrize("begun", PASSES)
+def test_no_orphans_when_the_parent_ends_without_closing(begun: str, ending: str) -> None:
+    tell = "print(*[child.pid for child in multiprocessing.active_children()], flush=True)"
     run_as_module = (
         f"import sys, runpy; sys.modules['tests_data_test_loader'] = __import__('{__name__}', fromlist=['x'])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", f"{run_as_module}\n{program}"],
+        [sys.executable, "-c", f"{run_as_module}\n{PARENT}{PASSES[begun]}{tell}\n{ending}"],
         stdout=subprocess.PIPE,
         env=environment,
         timeout=60,
         check=False,
     )
+    ended_s = time.monotonic()
     assert done.returncode in (9, -signal.SIGKILL)
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
     while any(_exists(pid) for pid in pids):
-        assert time.monotonic() - started < 40
+        assert time.monotonic() - ended_s < 5
         time.sleep(0.1)
 
 
@@ -332,7 +444,7 @@ def test_samples_are_read_with_their_epoch(workers: int) -> None:
             assert micro["input_ids"][:, 1].tolist() == [batch.epoch] * len(micro["input_ids"])
 
 
-ORDERS = [
+ORDERS: list[BatchOrder] = [
     BucketedOrder(np.array([1 + index % 4 for index in range(23)]), [2, 4], 3, 2, 1),
     BucketedOrder(np.array([1 + index % 4 for index in range(23)]), [2, 4], 3, 2, 1, max_tokens=8),
     MixedOrder([SourceShare(3, 1.0), SourceShare(20, 2.0)], 2, 3, 1),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from truthgpt.data import packing
 from truthgpt.data.base import IGNORED_LABEL, Sample
-from truthgpt.data.packing import PackedDataset, best_fit, join_samples, max_packed_documents
+from truthgpt.data.packing import PackedDataset, best_fit, compare_filling, join_samples, max_packed_documents
 from truthgpt.data.samples import RowDataset
 
 from .conftest import MakeStore, rows
@@ -358,3 +358,15 @@ def test_the_packing_is_fixed_for_ever(make_store: MakeStore) -> None:
         [10, 3],
         [8, 0],
     ]
+
+
+def test_packing_is_compared_with_padding() -> None:
+    """Rows of just over half a row's length cannot share one; short ones can, and unequal ones waste padding."""
+    long = np.full(40, 60)
+    assert compare_filling(long, max_seq_len=100, batch_size=4) == (0.6, 1.0)
+    mixed = np.array([10, 90] * 50)
+    packed, padded = compare_filling(mixed, max_seq_len=100, batch_size=8)
+    assert packed == 1.0 and padded < 0.7
+    assert compare_filling(np.array([5]), max_seq_len=100, batch_size=8) == (0.05, 1.0)
+    many = np.resize(mixed, 200_000)
+    assert compare_filling(many, 100, 8)[0] > 0.99, "a window of them stands for all"

@@ -109,6 +109,13 @@ def test_a_loader_process_changes_nothing(name: str) -> None:
     assert ahead.state_dict(12) == loader.state_dict(12)
 
 
+def test_a_global_batch_travels_in_one_piece() -> None:
+    with closing(shaped("packing", num_workers=1).batches()) as batches:
+        parts = next(batches).micro_batches
+    assert len(parts) == 2
+    assert len({tensor.untyped_storage().data_ptr() for part in parts for tensor in part.values()}) == 1
+
+
 def test_going_on_with_another_number_of_processes() -> None:
     loader = shaped("packing", num_workers=2)
     take(loader, 5)

@@ -108,8 +108,8 @@ class DataConfig(Section):
     """Tokens a sample at most."""
     packing: AutoBool = "auto"
     """Fill each row of `max_seq_len` tokens with several documents that do not see each other, instead of padding.
-    `auto`: for rows, when collator, attention and model can keep documents apart; plain text stays joined into
-    blocks."""
+    `auto`: for rows, when collator, attention and model can keep documents apart and padding does not fill rows
+    better; plain text stays joined into blocks."""
     bucket_by_length: bool = False
     """Batch rows of like length together, padded to the next of `bucket_bins`."""
     bucket_bins: Annotated[list[Positive], Field(min_length=1)] = [64, 128, 256, 512]

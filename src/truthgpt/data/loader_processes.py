@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing.connection
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
+from multiprocessing.process import BaseProcess, parent_process
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ LOADER_TIMEOUT_S = 600.0
 """A loader process that prepares one batch for so long counts as hanging."""
 POLL_S = 5.0
 """How often the processes are looked at while a batch is awaited."""
+PARENT_CHECK_S = 1.0
+"""How often a loader process looks whether its parent is still there, where nothing tells it at once."""
+ONE_PIECE_BYTES = 2**18
+"""Batches up to this size travel in one piece; a larger one is not worth one more copy of its bytes."""
+_PIECE_ALIGNMENT = 16
+"""Bytes of the widest element, complex128."""
 _TORCH_TIMEOUT = "DataLoader timed out"
 
 _live_workers: set[BaseProcess] = set()
@@ -69,16 +76,17 @@ def torch_loader(
         collate: what `__getitems__` returned, to a batch; without it what an iterable dataset yields is the batch.
     """
     processes = workers.num_workers
+    collate = collate or _unchanged
     return DataLoader(
         dataset,
         batch_size=None if sampler is None else 1,
         batch_sampler=sampler,
-        collate_fn=collate or _unchanged,
+        collate_fn=_OnePieceCollate(collate) if processes else collate,
         num_workers=processes,
         prefetch_factor=workers.prefetch_factor if processes else None,
         persistent_workers=persistent and processes > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_begin_worker,
         # Its own generator: without one every new iterator draws from torch's global random state.
         generator=torch.Generator().manual_seed(0),
     )
@@ -115,10 +123,92 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_parent(_worker: int) -> None:
-    """A Ctrl-C or SIGTERM reaches the whole process group; the training process decides, and ends its loaders."""
+class _OnePieceCollate:
+    """Collates in a loader process, and makes one piece of shared memory of a small batch.
+
+    torch hands every tensor over by a file descriptor of its own, which for a small batch is nearly all it costs. The
+    bytes do not go through the pipe instead: a process killed half way through a message that exceeds the pipe would
+    leave the training process waiting for the rest for ever, as other processes hold the pipe open.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        return _in_one_piece(self._collate(samples))
+
+
+def _in_one_piece(item: Any) -> Any:
+    """A large `item` itself; of another, the tensors as parts of one buffer, which are unpickled to equal tensors."""
+    ends = [0]
+
+    def measure(tensor: torch.Tensor) -> None:
+        end = ends[-1] + tensor.nbytes
+        ends.append(end + -end % _PIECE_ALIGNMENT)
+
+    _replace_tensors(item, measure)
+    if ends[-1] > ONE_PIECE_BYTES:
+        return item
+    buffer = torch.empty(ends[-1], dtype=torch.uint8)
+    starts = iter(ends)
+    return _replace_tensors(item, lambda tensor: _Part(buffer, next(starts), tensor))
+
+
+def _replace_tensors(value: Any, replacement: Callable[[torch.Tensor], Any]) -> Any:
+    """`value` with every plain tensor in its dicts, lists and tuples replaced; others (sparse, of a subclass) stay."""
+    kind = type(value)
+    if kind is torch.Tensor and _is_plain(value):
+        return replacement(value)
+    if kind is dict:
+        return {name: _replace_tensors(part, replacement) for name, part in value.items()}
+    if kind is list or kind is tuple:
+        return kind(_replace_tensors(part, replacement) for part in value)
+    return value
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    dense = tensor.layout is torch.strided and not tensor.is_quantized
+    return dense and tensor.device.type == "cpu" and not tensor.requires_grad
+
+
+class _Part:
+    """A tensor copied into a buffer, from where unpickling takes it."""
+
+    def __init__(self, buffer: torch.Tensor, start: int, tensor: torch.Tensor) -> None:
+        self._place = (buffer, start, tensor.nbytes, tensor.dtype, tensor.shape)
+        _view(*self._place).copy_(tensor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _view, self._place
+
+
+def _view(buffer: torch.Tensor, start: int, size: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor whose elements are `size` bytes of a buffer."""
+    return buffer[start : start + size].view(dtype).view(shape)
+
+
+def _begin_worker(_worker: int) -> None:
+    """Leave signals to the training process, and end with it.
+
+    A Ctrl-C or SIGTERM reaches the whole process group; the training process decides, and ends its loaders.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="parent watch", daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """Leave as soon as the parent process is gone.
+
+    torch's own watch would end the main thread only, between two batches; the process would then wait for ever to get
+    rid of what it prepared, as nobody reads the pipe that the other loader processes hold open.
+    """
+    process = parent_process()
+    # The sentinel tells at once, unless a process forked later holds its other end; then the parent's number tells.
+    sentinels = [] if process is None else [process.sentinel]
+    while os.getppid() == parent and not multiprocessing.connection.wait(sentinels, PARENT_CHECK_S):
+        pass
+    os._exit(1)
 
 
 def _start(loader: DataLoader[Any]) -> _BaseDataLoaderIter:

@@ -99,6 +99,24 @@ def best_fit(lengths: Int64Array, capacity: int, max_items: int) -> list[list[in
     return rows
 
 
+def compare_filling(lengths: Int64Array, max_seq_len: int, batch_size: int) -> tuple[float, float]:
+    """Share of positions that hold a token: in packed rows, and in batches padded to their longest sample.
+
+    Judged by at most one packing window of samples, spread evenly over all; batches are drawn by a fixed key.
+
+    Args:
+        lengths: tokens of every sample, `(samples,)`, 1 to `max_seq_len`.
+        max_seq_len: positions a packed row.
+        batch_size: samples a padded batch.
+    """
+    chosen = lengths[np.linspace(0, len(lengths) - 1, min(len(lengths), PACKING_WINDOW)).astype(np.int64)]
+    rows = best_fit(chosen, max_seq_len, max_packed_documents(max_seq_len) - 1)
+    shuffled = chosen[KeyedPermutation(len(chosen), 0)(np.arange(len(chosen), dtype=np.int64))]
+    batches = [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
+    total = int(chosen.sum())
+    return total / (len(rows) * max_seq_len), total / sum(int(batch.max()) * len(batch) for batch in batches)
+
+
 def join_samples(samples: Sequence[Sample], max_seq_len: int, pad_token_id: int) -> PackedSample:
     """One row of `max_seq_len` positions: the samples, each with positions from 0, and padding as one more document.
 
