@@ -133,54 +133,6 @@ def test_wrong_command(cli: Cli, arguments: tuple[str, ...], phrase: str) -> Non
     assert not is_run_directory(cli.folder / "runs/t")
 
 
-def jsonl(*lines: str) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode()
-
-
-GOOD = '{"text": "hello"}'
-DATA_MISTAKES: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
-    "missing": ("text", None, ("broken", "no file found")),
-    "empty": ("text", b"", ("0 usable documents in broken",)),
-    "blank lines": ("text", b"\n\n  \n", ("0 usable documents in broken",)),
-    "not UTF-8": ("text", b"caf\xe9 au lait, several of them\n" * 9, ("broken: not UTF-8 at byte 3", "iconv")),
-    "missing rows": ("jsonl", None, ("broken", "no .jsonl or .jsonl.gz or .jsonl.zst file found")),
-    "no row": ("jsonl", b"\n", ("0 usable documents in broken",)),
-    "malformed row": ("jsonl", jsonl(GOOD, '{"text": }'), ("broken:2:10: not valid JSON", "on_bad_row")),
-    "torn row": ("jsonl", jsonl(GOOD) + b'{"text": "to', ("broken:2:10: ",)),
-    "double key": ("jsonl", jsonl('{"text": "a", "text": "b"}'), ("broken:1:15: ", "twice")),
-    "missing field": ("jsonl", jsonl(GOOD, GOOD, '{"txt": "a"}'), ("broken:3:1: no field 'text'", "data.text_field")),
-    "wrong kind": ("jsonl", jsonl(GOOD, '{"text": 3}'), ("broken:2:2: field 'text' must be a string, found a number",)),
-    "one token": ("text", b"a", ("tokens",)),
-}
-
-
-@pytest.mark.parametrize("mistake", DATA_MISTAKES)
-def test_data_mistake(cli: Cli, mistake: str) -> None:
-    source, content, phrases = DATA_MISTAKES[mistake]
-    write_sources(cli.folder)
-    if content is not None:
-        (cli.folder / "broken").write_bytes(content)
-    finished = cli("train", "base.yaml", f"data.source={source}", "data.path=broken", "--json")
-    if mistake == "one token":  # with its end of text that is two, the least there can be
-        assert finished.exit_code == 0, finished.stderr
-        return
-    refused(finished, 3, *phrases)
-    again = cli("train", "base.yaml", "training.max_steps=1")
-    assert again.exit_code == 0, f"the directory must be as fresh as before:\n{again.stderr}"
-
-
-def test_prompts_without_completions_are_no_training_data(cli: Cli) -> None:
-    write_sources(cli.folder)
-    (cli.folder / "long.jsonl").write_text(json.dumps({"prompt": "x" * 100, "completion": "y"}) + "\n")
-    overrides = (
-        "data.source=jsonl",
-        "data.format=prompt_completion",
-        "data.train_on=completion",
-        "data.path=long.jsonl",
-    )
-    refused(cli("train", "base.yaml", *overrides), 3, "0 usable rows of 1", "raise data.max_seq_len")
-
-
 def test_rounding_up_stays_within_the_context(cli: Cli) -> None:
     write_sources(cli.folder)
     (cli.folder / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 60}) + "\n" for i in range(20)))

@@ -231,7 +231,7 @@ def test_folder_written_by_save_to_disk(tmp_path: Path, streaming: bool) -> None
         (['{"text": "a"}', '{"text": 3}'], "row 1: field 'text' must be a string, found a number"),
         (['{"text": ["a"]}'], "row 0: field 'text' must be a string, found a list"),
         (['{"text": " "}'], r"0 usable documents in .*: 1 rows, 1 without text"),
-        ([], "0 usable documents in .*: a file is empty"),
+        ([], "0 usable documents in .*: there are no rows"),
         (['{"text": "a"}', '{"text": no}'], "cannot be read: JSON parse error: Invalid value"),
     ],
 )

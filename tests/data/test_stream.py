@@ -270,7 +270,9 @@ def test_problems_of_the_encoder_are_counted(layout: Literal["stream", "rows"]) 
 def test_nothing_usable_in_a_pass() -> None:
     prompt_only = [doc("a" * 20), doc("b" * 20)]
     stream = sample_stream(ListStream([prompt_only]), settings(8, overlong="drop", shuffle_window=1))
-    with pytest.raises(DataError, match=r"fake: 0 usable documents .* 2 documents read, 0 held out .*, 2 longer than"):
+    with pytest.raises(
+        DataError, match=r"0 usable documents in shard 0, .* 2 documents read, 0 held out .*, 2 longer than"
+    ):
         stream.next_group()
     with pytest.raises(DataError, match="0 documents read, 2 held out"):
         sample_stream(ListStream([prompt_only, []]), settings(), held_out=1.0).next_group()
@@ -285,7 +287,7 @@ def test_nothing_usable_in_a_later_pass() -> None:
     stream = sample_stream(source, settings(16))
     rest_of_pass(stream)
     source.content = [[]]
-    with pytest.raises(DataError, match="0 usable documents in a whole pass"):
+    with pytest.raises(DataError, match="0 usable documents in shard 0, read to the end"):
         stream.next_group()
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truthgpt.data.file_identity import content_fingerprint, stat_identity
+from truthgpt.data.compressed_file import ArchiveError, open_binary
+from truthgpt.data.file_identity import READ_BYTES, content_fingerprint, stat_identity
 from truthgpt.data.paths import resolve_files
 from truthgpt.errors import ConfigError, DataError, Problem
 
@@ -138,6 +139,8 @@ def open_stored(location: HfLocation) -> Dataset:
         try:
             return builder.as_dataset(location.split)
         except ValueError as error:
+            if location.split in splits:  # the library keeps no files for a split without rows
+                raise no_rows(location.name) from error
             raise _unknown_split(location, splits) from error
 
 
@@ -190,23 +193,41 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except StopIteration as error:
-        raise DataError(
-            f"0 usable documents in {name}: a file is empty; remove it, or set data.path to files with rows in them"
-        ) from error
+        raise no_rows(name) from error
     # The bases of HfHubHTTPError are the base error of the HTTP library in use (it has changed once) and OSError.
     except (
         *HfHubHTTPError.__bases__,
         datasets.exceptions.DatasetsError,
         pyarrow.ArrowException,
         OSError,
+        EOFError,
         ValueError,
         RuntimeError,
         ImportError,
     ) as error:
+        if "BatchSize must be greater than 0" in _reason(error):  # what a parquet file without rows ends in
+            raise no_rows(name) from error
         raise DataError(f"{name}: cannot be read: {_reason(error)}") from error
     finally:
         if not bars_off:
             datasets.enable_progress_bars()
+
+
+def no_rows(name: str) -> DataError:
+    """The error of files that hold nothing."""
+    return DataError(f"0 usable documents in {name}: there are no rows; set data.path to files with rows in them")
+
+
+def _check_archives(files: Sequence[Path]) -> None:
+    """Read `.zst` files to their end: the library takes a truncated one for a shorter one."""
+    for file in files:
+        if file.suffix == ".zst":
+            try:
+                with open_binary(file) as content:
+                    while content.read(READ_BYTES):
+                        pass
+            except ArchiveError as error:
+                raise DataError(f"{file}: {error}; copy or download the file again") from error
 
 
 def _open_builder(location: HfLocation) -> DatasetBuilder:
@@ -214,6 +235,7 @@ def _open_builder(location: HfLocation) -> DatasetBuilder:
     location.check()
     if location.path:
         kind, options, files = _files_of_one_kind(location.files() or [])
+        _check_archives(files)
         patterns = [glob.escape(str(file.resolve())) for file in files]
         return datasets.load_dataset_builder(kind, data_files={"train": patterns}, **options)
     folder = location._folder()

@@ -14,6 +14,7 @@ from truthgpt.data.hf_dataset import (
     dataset_fingerprint,
     dataset_identity,
     import_datasets,
+    no_rows,
     open_stored,
     open_stream,
     reading,
@@ -216,6 +217,8 @@ def _wanted_columns(fields: RowFields, columns: Sequence[str] | None, name: str)
     if columns is None:
         return None
     for field in fields.used():
+        if not columns:
+            raise no_rows(name)
         if field not in columns:
             setting = next(key for key, value in vars(fields).items() if key.endswith("_field") and value == field)
             raise DataError(f"{name}: no field {field!r}, the rows have {', '.join(columns)} (set data.{setting})")

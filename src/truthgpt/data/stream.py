@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -117,6 +117,7 @@ class SampleStream:
         self.counts = position.counts
         """Counts with those of the window being given out."""
         self._name = stream.name
+        self._shards = stream.source.shards()
         self._encoder = encoder
         self._settings = settings
         self._seed = seed
@@ -160,7 +161,7 @@ class SampleStream:
         groups = arrange(np.array([len(sample["input_ids"]) for sample in samples]), self._settings, key)
         usable = start.usable + len(groups)
         if ends_pass and usable == 0:
-            raise _nothing_usable(self._name, counts)
+            raise _nothing_usable(self._shards, counts)
         after = StreamPosition(found.next_place, carry, counts, usable=0 if ends_pass else usable)
         self.counts = counts
         if start.given and start.given >= len(groups):
@@ -283,9 +284,10 @@ class _WindowReader:
             cursor = SHARD_START
 
 
-def _nothing_usable(name: str, counts: StreamCounts) -> DataError:
+def _nothing_usable(shards: Sequence[str], counts: StreamCounts) -> DataError:
+    more = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
     return DataError(
-        f"{name}: 0 usable documents in a whole pass over the stream: {counts.documents} documents read, "
+        f"0 usable documents in {shards[0]}{more}, read to the end: {counts.documents} documents read, "
         f"{counts.held_out} held out for validation, {counts.overlong} longer than data.max_seq_len, "
         f"{counts.unsupervised} samples without a token the loss counts; check data.path, data.max_seq_len, "
         "data.overlong, data.train_on and data.validation_fraction"
