@@ -52,6 +52,9 @@ from truthgpt.runtime.fallbacks import Fallbacks
 logger = logging.getLogger(__name__)
 
 
+COMPARED_BATCH_SIZE = 8
+"""Rows of the padded batches that packing is compared with; not the run's own number, so that cutting a global batch
+into other micro-batches changes nothing."""
 TOKENIZER_DOCUMENTS = 10_000
 """Documents of a stream that a new tokenizer is trained on."""
 
@@ -209,7 +212,7 @@ def packing_pays(config: Config, text: TokenizedText) -> bool:
     ]
     if not lengths:
         return True
-    packed, padded = compare_filling(np.concatenate(lengths), config.data.max_seq_len, config.training.train_batch_size)
+    packed, padded = compare_filling(np.concatenate(lengths), config.data.max_seq_len, COMPARED_BATCH_SIZE)
     if packed < padded:
         logger.info("rows are padded, not packed: padding fills %.0f%%, packing %.0f%%", 100 * padded, 100 * packed)
     return packed >= padded

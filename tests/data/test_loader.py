@@ -290,6 +290,8 @@ def test_process_that_dies_is_named(failure: Callable[[], None], message: str) -
 
 
 def test_process_killed_between_batches_raises_only_at_the_next_batch() -> None:
+    # A DataLoader of another test in this process leaves torch's handler behind, which would be kept.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with closing(loader(200, workers=1).batches()) as batches:
         next(batches)
         (child,) = multiprocessing.active_children()
@@ -381,15 +383,15 @@ def fail_hanging() -> None:
 
 
 def test_process_that_hangs_is_named_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_processes, "LOADER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(loader_processes, "LOADER_TIMEOUT_S", 5.0)
     monkeypatch.setattr(loader_processes, "POLL_S", 0.2)
     source = loader(dataset=Broken(fail_hanging), workers=2)
     step = next(step for step in range(4) if 7 in source.sample_indices(step))
     micro_batch = next(n for n in range(3) if 7 in source.sample_indices(step)[2 * n : 2 * n + 2]) + 3 * step
     started = time.monotonic()
-    with pytest.raises(DataError, match=rf"process {micro_batch % 2} \(pid \d+\) gave no batch for 1 s: it hangs"):
+    with pytest.raises(DataError, match=rf"process {micro_batch % 2} \(pid \d+\) gave no batch for 5 s: it hangs"):
         take(source, 0, 4)
-    assert 1 <= time.monotonic() - started < 10
+    assert 5 <= time.monotonic() - started < 30
     assert no_child_left()
 
 

@@ -174,7 +174,10 @@ def test_bad_rows_are_skipped_up_to_the_limit(tmp_path: Path, caplog: pytest.Log
 
 def test_no_usable_sample(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", [("a.txt", b" \n")])
-    assert error_of(shard) == f"0 usable documents in {shard}: 1 rows, 1 without text"
+    assert (
+        error_of(shard)
+        == f"0 usable documents in {shard}: 1 rows, 1 without text; set data.path to files with text in them"
+    )
     assert "0 usable documents" in error_of(write_tar(tmp_path / "b.tar", []))
 
 
