@@ -41,7 +41,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 """How files of `data.path` are read, by their ending: the library's builder and its options."""
 COMPRESSED_FORMATS = (".csv", ".tsv", ".json", ".jsonl")
 SUFFIXES = (*FORMATS, *(f"{suffix}{packed}" for suffix in COMPRESSED_FORMATS for packed in (".gz", ".zst")))
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CONNECT_TIMEOUT_S = 3.0
 """How long the hub may take to answer before the copy in the cache is used."""
 

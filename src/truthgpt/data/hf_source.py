@@ -294,6 +294,10 @@ class HfImageSource:
         self._values, self.classes = _classes(rows.features[label_field], self._labels, place)
         if classes is not None:
             self._values, self.classes = _renumbered(self._values, self.classes, classes, place), list(classes)
+        # Now, not when the image is read: that may be hours into a run.
+        for index, label in enumerate(self._labels):
+            if label not in self._values:
+                raise DataError(f"{name} row {index}: its class is {label!r}; correct the row")
 
     def keys(self) -> Sequence[str]:
         """The images' numbers, from 0."""
@@ -306,9 +310,7 @@ class HfImageSource:
             DataError: the row has no image or no class, or the image's file cannot be read.
         """
         where = f"{self._location.name} row {index}"
-        label = self._values.get(self._labels[index])
-        if label is None:
-            raise DataError(f"{where}: its class is {self._labels[index]!r}; correct the row")
+        label = self._values[self._labels[index]]
         with reading(where):
             image = self._images[index][self._field]
             if image is None or (image["bytes"] is None and image["path"] is None):
