@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truthgpt import load_config
-from truthgpt.build_data import build_text_data
+from truthgpt.build_sources import build_text_data
 from truthgpt.cli.output import split_arguments
 from truthgpt.data.split import DocumentSet
 

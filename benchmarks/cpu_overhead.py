@@ -75,7 +75,8 @@ def run_plain(steps: int) -> float:
     from transformers import AutoModelForCausalLM
 
     from truthgpt import load_config
-    from truthgpt.build_data import build_text_data, build_tokenizer, tokenize_text
+    from truthgpt.build_data import build_tokenizer, tokenize_text
+    from truthgpt.build_sources import build_text_data
     from truthgpt.models.architecture import load_architecture
 
     config = load_config(None, overrides(steps, Path("unused")))

@@ -109,13 +109,8 @@ def build(overrides: Sequence[str]) -> Any:
     import torch
 
     from truthgpt import load_config
-    from truthgpt.build_data import (
-        build_eval_loader,
-        build_text_data,
-        build_tokenizer,
-        build_train_loader,
-        tokenize_text,
-    )
+    from truthgpt.build_data import build_eval_loader, build_tokenizer, build_train_loader, tokenize_text
+    from truthgpt.build_sources import build_text_data
     from truthgpt.memory.base import MemoryPlan
     from truthgpt.runtime.fallbacks import Fallbacks
 
@@ -134,7 +129,7 @@ def build(overrides: Sequence[str]) -> Any:
 def tokenise_ours(work: Work) -> dict[str, float]:
     """Seconds for the index and for the tokens."""
     from truthgpt import load_config
-    from truthgpt.build_data import build_text_data
+    from truthgpt.build_sources import build_text_data
     from truthgpt.data.split import DocumentSet
     from truthgpt.data.token_store import default_cache_dir, tokenize_documents
     from truthgpt.data.tokenization import DocumentEncoder
@@ -182,7 +177,8 @@ def load_samples(work: Work) -> dict[str, list[dict[str, float]]]:
     from torch.utils.data import DataLoader, Dataset
 
     from truthgpt import load_config
-    from truthgpt.build_data import build_text_data, build_tokenizer, tokenize_text
+    from truthgpt.build_data import build_tokenizer, tokenize_text
+    from truthgpt.build_sources import build_text_data
     from truthgpt.data.batch_order import ShuffledOrder
     from truthgpt.data.collate import LMCollator
     from truthgpt.data.loader import GlobalBatchLoader, WorkerSettings

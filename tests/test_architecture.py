@@ -24,7 +24,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             *("validate_config", "config_rules", "json_schema", "task", "load_model", "inspect_data"),
-            *("build", "build_attention", "build_data", "build_images", "build_text", "build_trainer"),
+            *("build", "build_attention", "build_data", "build_images", "build_sources", "build_text", "build_trainer"),
         ),
         4,
     ),

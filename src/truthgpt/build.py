@@ -13,8 +13,9 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from truthgpt.build_data import build_eval_loader, build_text_data, rows_per_micro_batch
+from truthgpt.build_data import build_eval_loader, rows_per_micro_batch
 from truthgpt.build_images import build_image_data, build_image_eval_loader, build_image_task
+from truthgpt.build_sources import build_text_data
 from truthgpt.build_text import build_text_task
 from truthgpt.config.schema import Config
 from truthgpt.data.base import TrainLoader

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from truthgpt.attention.base import AttentionFunction, capabilities_of
 from truthgpt.attention.install import TRANSFORMERS_OWN, install_attention
-from truthgpt.build_data import build_source, validation_source, worker_settings
+from truthgpt.build_data import worker_settings
+from truthgpt.build_sources import build_source, validation_source
 from truthgpt.config.schema import Config
 from truthgpt.data.base import Batch, Collator, ImageFields, ImageSource
 from truthgpt.data.batch_order import ShuffledOrder

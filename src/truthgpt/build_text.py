@@ -6,13 +6,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from truthgpt.build_attention import attend, build_attention, choose_packing
-from truthgpt.build_data import (
-    build_eval_loader,
-    build_text_data,
-    build_tokenizer,
-    build_train_loader,
-    tokenize_text,
-)
+from truthgpt.build_data import build_eval_loader, build_tokenizer, build_train_loader, tokenize_text
+from truthgpt.build_sources import build_text_data
 from truthgpt.config.schema import Config
 from truthgpt.data.base import Batch
 from truthgpt.data.collate import PackedCollator

@@ -14,21 +14,18 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from truthgpt.build_data import (
-    TextData,
-    TextPart,
     TokenizedText,
     bucket_bins,
-    build_text_data,
     build_tokenizer,
     packed_dataset,
     packing_pays,
     row_dataset,
     rows_per_micro_batch,
     tokenize_text,
-    training_documents,
     wants_packing,
 )
 from truthgpt.build_images import build_image_data
+from truthgpt.build_sources import TextData, TextPart, build_text_data, training_documents
 from truthgpt.config.schema import Config
 from truthgpt.data.base import Document, ImageSource, Layout, SampleDataset
 from truthgpt.data.batch_order import BucketedOrder, ShuffledOrder

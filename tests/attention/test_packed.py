@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.attention.packed_models import COMMON, FAMILIES, LENGTH, model_of, packed_batch
+from tests.attention.packed_models import COMMON, FAMILIES, LENGTH, WINDOW, model_of, packed_batch
 from tests.plugins.reference_attention import reference_attention
 
 from truthgpt.attention.install import install_attention, transformers_attention_in
 from truthgpt.attention.probe import LEAK_TOLERANCE, dense_error, packed_errors
-from truthgpt.attention.sdpa import packed_mask, sdpa_attention
+from truthgpt.attention.sdpa import _kept_window_mask, _near, packed_mask, sdpa_attention
 from truthgpt.models.causal_lm import causal_lm_loss
 
 
@@ -140,6 +140,23 @@ def test_layers_of_a_kind_share_one_mask_that_goes_with_the_batch(monkeypatch: p
     for seed in range(2):
         causal_lm_loss(model, packed_batch([[29, 31]], seed)[0])
     assert sorted(map(str, made)) == ["8", "8", "None", "None"], "two kinds of layers, two batches"
+
+
+def test_the_window_of_dense_rows_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(length: int, window: int, device: torch.device) -> torch.Tensor:
+        made.append(window)
+        return _near(length, window, device)
+
+    monkeypatch.setattr("truthgpt.attention.sdpa._near", counted)
+    _kept_window_mask.cache_clear()
+    model = model_of(FAMILIES["mistral"]).eval()
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
+    for _ in range(2):
+        causal_lm_loss(model, {"input_ids": ids, "labels": ids})
+    assert made == [WINDOW], "four layers, two batches"
+    _kept_window_mask.cache_clear()
 
 
 def test_scores_follow_the_formula_with_a_window() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def sdpa_attention(
             return _varlen(query, key, value, scaling, window, cu_seq_lens_q), None
         attention_mask = _packed_mask(cu_seq_lens_q, query.shape[0], length, window)
     elif attention_mask is None and window is not None and _causal(module, is_causal):
-        attention_mask = _near(length, window, query.device)
+        attention_mask = _window_mask(length, window, query.device)
     output, weights = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
     )
@@ -77,7 +78,7 @@ def _varlen(
 ) -> torch.Tensor:
     """Packed rows as one list of documents: `(B, H, T, D)` in, `(B, T, H, D)` out."""
     batch, heads, length, _ = query.shape
-    if key.shape[1] != heads:  # torch 2.11's kernel wants as many key heads as query heads
+    if key.shape[1] != heads:  # torch 2.13 asks for `enable_gqa` here, which torch 2.11 does not have
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         value = value.repeat_interleave(heads // value.shape[1], dim=1)
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (B * T, H, D)
@@ -114,6 +115,18 @@ def packed_mask(cu_seq_lens: torch.Tensor, batch: int, length: int, window: int 
     documents = torch.searchsorted(cu_seq_lens, positions, right=True).view(batch, 1, length)
     same = documents.unsqueeze(-1) == documents.unsqueeze(-2)  # (B, 1, T, T)
     return same & _near(length, length if window is None else window, cu_seq_lens.device)
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """`_near`, made once for all layers and steps: a model has one or two windows, and rows seldom change length."""
+    if torch.compiler.is_compiling():
+        return _near(length, window, device)
+    return _kept_window_mask(length, window, device)
+
+
+@lru_cache(maxsize=4)
+def _kept_window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    return _near(length, window, device)
 
 
 def _near(length: int, window: int, device: torch.device) -> torch.Tensor:
