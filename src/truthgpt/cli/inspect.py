@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from truthgpt.cli.components import load_plugins, loaded_plugins
-from truthgpt.cli.output import emit_json, print_table, say, split_arguments
-from truthgpt.cli.validate import listed_plugins
+from truthgpt.cli.configuration import AllowPlugins, ConfigArguments, read_config
+from truthgpt.cli.output import emit_json, print_table, say
 
 if TYPE_CHECKING:
     from truthgpt.inspect_data import ImageInspection, InspectedToken, Inspection
@@ -22,26 +21,15 @@ LEAST_TRAINED_SHARE = 0.01
 
 
 def inspect(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[CONFIG] [key=value ...]", help="A YAML file or a preset, and what to change in it."),
-    ] = None,
+    arguments: ConfigArguments = None,
     samples: Annotated[int, typer.Option(min=0, help="Samples to show token by token.")] = 2,
-    allow_plugins: Annotated[
-        bool, typer.Option("--allow-plugins", help="Import the modules under `plugins:`, which runs their code.")
-    ] = False,
+    allow_plugins: AllowPlugins = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show what a configuration trains on: tokens and their mask, lengths, and how full batches are."""
-    from truthgpt.config.load import load_raw
     from truthgpt.runtime.run_log import attach_console, detach
-    from truthgpt.validate_config import validate_config
 
-    source, overrides = split_arguments(arguments or [])
-    raw = load_raw(source, overrides)
-    if allow_plugins:
-        load_plugins(listed_plugins(raw))
-    config = validate_config(raw, loaded_plugins())
+    config = read_config(arguments or [], allow_plugins)
 
     from truthgpt.inspect_data import inspect_images, inspect_text
 
@@ -74,7 +62,7 @@ def _print_counts(found: Inspection) -> None:
         ("validation documents", f"{found.validation_documents:,}"),
         ("tokens", f"{found.tokens:,}"),
         ("trained tokens", f"{found.trained_tokens:,} ({trained:.1%})"),
-        (f"longer than a row ({found.overlong})", f"{found.overlong_rows:,}"),
+        *([] if found.chosen == "joined" else [(f"longer than a row ({found.overlong})", f"{found.overlong_rows:,}")]),
         ("samples without a trained token", f"{found.unsupervised_samples:,} (left out)"),
         *((name.replace("_", " "), f"{count:,}") for name, count in found.problems.items() if count),
     ]
@@ -87,8 +75,9 @@ def _print_counts(found: Inspection) -> None:
 
 def _print_lengths(found: Inspection) -> None:
     lengths = found.lengths
+    of = "document, cut at the length of a row" if found.chosen == "joined" else "sample"
     typer.echo(
-        f"\ntokens a sample: mean {lengths.mean:.0f}, median {lengths.median}, 95% {lengths.p95}, 99% {lengths.p99}, "
+        f"\ntokens a {of}: mean {lengths.mean:.0f}, median {lengths.median}, 95% {lengths.p95}, 99% {lengths.p99}, "
         f"{lengths.shortest} to {lengths.longest}"
     )
     highest = max(count for _, _, count in lengths.histogram)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from truthgpt.cli.components import load_plugins, loaded_plugins
+from truthgpt.cli.components import loaded_plugins
+from truthgpt.cli.configuration import AllowPlugins, ConfigArguments, load_listed_plugins
 from truthgpt.cli.output import emit_json, say, split_arguments
-from truthgpt.cli.validate import listed_plugins
 from truthgpt.config.changes import compare_configs
 from truthgpt.errors import ConfigError, OutOfMemoryError, Problem
 
@@ -29,14 +29,12 @@ _LENGTH = ("max_steps", "epochs", "max_tokens", "max_time_s", "early_stopping_pa
 
 
 def train(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value ...]")] = None,
+    arguments: ConfigArguments = None,
     resume: Annotated[
         str | None,
         typer.Option(metavar="auto|never|PATH", help="Go on from a checkpoint; wins over resume.* of the YAML."),
     ] = None,
-    allow_plugins: Annotated[
-        bool, typer.Option("--allow-plugins", help="Import the modules under `plugins:`, which runs their code.")
-    ] = False,
+    allow_plugins: AllowPlugins = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Move a used run directory aside, start fresh.")
     ] = False,
@@ -69,8 +67,7 @@ def _load(arguments: list[str], resume: str | None, allow_plugins: bool) -> tupl
 
     source, overrides = split_arguments(arguments)
     raw = load_raw(source, [*overrides, *_resume_overrides(resume)])
-    if allow_plugins:
-        load_plugins(listed_plugins(raw))
+    load_listed_plugins(raw, allow_plugins)
     return raw, validate_config(raw, loaded_plugins())
 
 

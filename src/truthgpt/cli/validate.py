@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from truthgpt.cli.components import load_plugins, loaded_plugins
+from truthgpt.cli.components import loaded_plugins
+from truthgpt.cli.configuration import AllowPlugins, ConfigArguments, load_listed_plugins
 from truthgpt.cli.output import emit_json, split_arguments
 from truthgpt.errors import ConfigError
 
-if TYPE_CHECKING:
-    from truthgpt.config.load import RawConfig
-
 
 def validate(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[CONFIG] [key=value ...]", help="A YAML file or a preset, and what to change in it."),
-    ] = None,
-    allow_plugins: Annotated[
-        bool, typer.Option("--allow-plugins", help="Import the modules under `plugins:`, which runs their code.")
-    ] = False,
+    arguments: ConfigArguments = None,
+    allow_plugins: AllowPlugins = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Check a configuration and report every mistake with its place and a fix."""
@@ -31,8 +24,7 @@ def validate(
     source, overrides = split_arguments(arguments or [])
     try:
         raw = load_raw(source, overrides)
-        if allow_plugins:
-            load_plugins(listed_plugins(raw))
+        load_listed_plugins(raw, allow_plugins)
         validate_config(raw, loaded_plugins())
     except ConfigError as error:
         if not json_output:
@@ -43,9 +35,3 @@ def validate(
         emit_json({"ok": True, "errors": []})
     else:
         typer.echo(f"{source or DEFAULT_CONFIG}: ok")
-
-
-def listed_plugins(raw: RawConfig) -> list[str]:
-    """The module names under `plugins:`; what is no list of text is left to validation."""
-    listed = raw.data.get("plugins")
-    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
