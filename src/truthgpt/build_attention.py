@@ -55,11 +55,12 @@ def attend(config: Config, model: PreTrainedModel, function: AttentionFunction, 
     if name != "sdpa":
         return True
     error = dense_error(model, config.data.max_seq_len)
-    if error > TOLERANCE:
+    right = error <= TOLERANCE  # NaN is not
+    if not right:
         model.set_attn_implementation(own)
         reason = f"{type(model).__name__} needs masks of its own (its logits would be off by {error:.1e})"
         _keep_own(own, reason, fallbacks)
-    return error <= TOLERANCE
+    return right
 
 
 def choose_packing(

@@ -13,7 +13,7 @@ from tests.attention.packed_models import COMMON, FAMILIES, LENGTH, WINDOW, mode
 from tests.plugins.reference_attention import reference_attention
 
 from truthgpt.attention.install import install_attention, transformers_attention_in
-from truthgpt.attention.probe import LEAK_TOLERANCE, dense_error, packed_errors
+from truthgpt.attention.probe import LEAK_TOLERANCE, PackedErrors, dense_error, packed_errors, probe_length
 from truthgpt.attention.sdpa import _kept_window_mask, _near, packed_mask, sdpa_attention
 from truthgpt.models.causal_lm import causal_lm_loss
 
@@ -126,6 +126,32 @@ def test_the_probe_sees_a_mask_that_only_the_model_knows() -> None:
     model = model_of(values)
     assert dense_error(model, 12) < 1e-5
     assert dense_error(model, LENGTH) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "seq_len", "expected"),
+    [
+        ("llama", {}, 60, 60),
+        ("llama", {}, 100_000, 1024),
+        ("mistral", {}, 100_000, 1024),
+        ("mistral", {"sliding_window": 4096}, 100_000, 12_288),
+        ("mistral", {"sliding_window": 4096}, 6_000, 6_000),
+        ("mistral", {"sliding_window": None}, 100_000, 1024),
+    ],
+)
+def test_probes_are_no_longer_than_they_need(family: str, changes: dict[str, Any], seq_len: int, expected: int) -> None:
+    """Logits of a long row would take gigabytes before the first step."""
+    assert probe_length(model_of({**FAMILIES[family], **changes}), seq_len) == expected
+
+
+@pytest.mark.parametrize("seq_len", [2, 3])
+def test_the_shortest_rows_can_be_probed(seq_len: int) -> None:
+    assert not packed_errors(model_of(FAMILIES["llama"]), seq_len).exceeded()
+
+
+def test_a_model_that_gives_nan_is_not_taken_for_right() -> None:
+    assert PackedErrors(leak=float("nan"), separate=0.0).exceeded()
+    assert PackedErrors(leak=0.0, separate=float("nan")).exceeded(half_precision=True)
 
 
 def test_layers_of_a_kind_share_one_mask_that_goes_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Probes of the first minute: does this model, with this attention, compute what it should?
 
 A model may need a mask that an attention function without one does not know of, and may ignore the borders of packed
-documents without a word. Both are seen by comparing logits, on the model itself and at the run's own length.
+documents without a word. Both are seen by comparing logits, on the model itself and at a length that shows it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ HALF_TOLERANCE = 0.05
 two errors by 0.14 at least) when borders are ignored."""
 
 
+PROBE_TOKENS = 1024
+"""Tokens of a probe, unless the model looks back further: its logits take 4 bytes times the vocabulary each."""
+_REACHES = ("sliding_window", "attention_chunk_size")
+"""Settings of transformers' models that say how far some of their layers look back."""
+
+
 @dataclass(frozen=True)
 class PackedErrors:
     """Largest differences of logits, relative to the largest logit.
@@ -37,14 +43,21 @@ class PackedErrors:
 
     def exceeded(self, half_precision: bool = False) -> bool:
         """Whether the documents are not kept apart."""
-        if half_precision:
-            return max(self.leak, self.separate) > HALF_TOLERANCE
-        return self.leak > LEAK_TOLERANCE or self.separate > TOLERANCE
+        leak, separate = (HALF_TOLERANCE,) * 2 if half_precision else (LEAK_TOLERANCE, TOLERANCE)
+        return not (self.leak <= leak and self.separate <= separate)  # NaN too is exceeded
+
+
+def probe_length(model: PreTrainedModel, seq_len: int) -> int:
+    """Tokens that show what a row of `seq_len` would: three times as many as any layer with a limit looks back."""
+    config = model.config.get_text_config()
+    reaches = [getattr(config, name, None) for name in _REACHES]
+    return min(seq_len, max(PROBE_TOKENS, *(3 * reach for reach in reaches if isinstance(reach, int)), 0))
 
 
 def dense_error(model: PreTrainedModel, seq_len: int) -> float:
-    """Largest difference between the model's attention and transformers' own, on one dense row of `seq_len` tokens."""
-    ids = _random_ids(model, seq_len, seed=0)
+    """Largest difference between the model's attention and transformers' own, on one dense row of `seq_len` tokens or
+    as many as are needed."""
+    ids = _random_ids(model, probe_length(model, seq_len), seed=0)
     with _quiet(model):
         ours = model(input_ids=ids, use_cache=False).logits
         with transformers_attention_in(model):
@@ -53,19 +66,20 @@ def dense_error(model: PreTrainedModel, seq_len: int) -> float:
 
 
 def packed_errors(model: PreTrainedModel, seq_len: int) -> PackedErrors:
-    """How far packed documents see each other, on a row of `seq_len` tokens that holds two.
+    """How far packed documents see each other, on a row of `seq_len` tokens, or as many as are needed, that holds two.
 
     The second is twice as long as the first, so that it is longer than any sliding window that matters.
 
     Raises:
         TypeError: the model's forward takes no packed arguments.
     """
-    first, second, other = seq_len // 3, seq_len - seq_len // 3, _random_ids(model, seq_len // 3, seed=2)
-    ids = _random_ids(model, seq_len, seed=1)
+    length = probe_length(model, seq_len)
+    first = max(1, length // 3)
+    ids, other = _random_ids(model, length, seed=1), _random_ids(model, first, seed=2)
     with _quiet(model):
         packed = _packed_logits(model, ids, first)
         exchanged = _packed_logits(model, torch.cat([other, ids[:, first:]], dim=1), first)
-        parts = torch.split(ids, [first, second], dim=1)
+        parts = torch.split(ids, [first, length - first], dim=1)
         alone = [model(input_ids=part, use_cache=False).logits for part in parts]
         return PackedErrors(
             leak=_relative(exchanged[:, first:], packed[:, first:]), separate=_relative(packed, torch.cat(alone, dim=1))
