@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -32,23 +31,12 @@ from truthgpt.models.image_classifier import (
     load_image_architecture,
     load_image_classifier,
 )
-from truthgpt.models.image_processor import PixelFormat, pixel_format_of, save_image_processor
+from truthgpt.models.image_processor import PixelFormat, pixel_format_of
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.precision import Precision
 from truthgpt.task import TaskParts
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ImageProcessor:
-    """The pixel format as a thing that is saved beside the model."""
-
-    pixels: PixelFormat
-
-    def save_pretrained(self, folder: str | Path, /) -> None:
-        """Write `preprocessor_config.json`."""
-        save_image_processor(Path(folder), self.pixels)
 
 
 @dataclass(frozen=True)
@@ -94,7 +82,7 @@ def build_image_task(
         model=model,
         objective=image_classification_loss,
         tokenizer=None,
-        processor=ImageProcessor(pixels),
+        processor=pixels,
         train_loader=GlobalBatchLoader(images, _collator(config), order, workers, pin_memory),
         eval_loader=build_image_eval_loader(config, data, pixels, device, fallbacks),
         example=_example(plan.micro_batch_size, pixels),

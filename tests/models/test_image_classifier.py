@@ -29,7 +29,7 @@ from truthgpt.models.image_classifier import (
     load_image_architecture,
     load_image_classifier,
 )
-from truthgpt.models.image_processor import PROCESSOR_FILE, PixelFormat, pixel_format_of, save_image_processor
+from truthgpt.models.image_processor import PROCESSOR_FILE, PixelFormat, pixel_format_of
 
 torch.set_num_threads(1)
 
@@ -255,7 +255,7 @@ def test_mean_and_std_of_a_pretrained_model(tmp_path: Path, caplog: pytest.LogCa
     file.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": 0.25}))
     found = pixel_format_of(config, str(tmp_path))
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.25, 0.25, 0.25))
-    save_image_processor(tmp_path, found)
+    found.save_pretrained(tmp_path)
     assert pixel_format_of(config, str(tmp_path)) == found
     file.write_text("{}")
     assert pixel_format_of(config, str(tmp_path)).mean == (0.5, 0.5, 0.5)
@@ -300,7 +300,7 @@ def test_transformers_prepares_images_as_training_does(
     image = Image.fromarray(pixels) if channels == 3 else Image.fromarray(pixels[..., 0])
     image.save(tmp_path / "image.png")
     expected = PixelFormat(size, channels, (0.48, 0.45, 0.41)[:channels], (0.26, 0.25, 0.27)[:channels])
-    save_image_processor(tmp_path, expected)
+    expected.save_pretrained(tmp_path)
     # Without torchvision, transformers resizes with Pillow, as we do; torchvision's own resizing rounds otherwise.
     try:
         processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")

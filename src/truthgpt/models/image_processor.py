@@ -35,6 +35,29 @@ class PixelFormat:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def save_pretrained(self, folder: str | Path, /) -> None:
+        """Write `preprocessor_config.json`: transformers' `AutoImageProcessor` then prepares images as in training.
+
+        It resizes the shorter edge and crops the centre, bilinear, as validation here does.
+        """
+        height, width = self.size
+        processor = {
+            "image_processor_type": _PROCESSOR_CLASS,
+            "do_convert_rgb": self.channels == 3,
+            "do_resize": True,
+            "size": {"shortest_edge": max(height, width)},
+            "resample": _BILINEAR,
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(folder) / PROCESSOR_FILE, json.dumps(processor, indent=2) + "\n")
+
 
 def pixel_format_of(
     architecture: PreTrainedConfig, name_or_path: str | None, image_size: int | None = None
@@ -77,30 +100,6 @@ def pixel_format_of(
         _per_channel(stored, "image_mean", mean, file),
         _per_channel(stored, "image_std", std, file),
     )
-
-
-def save_image_processor(folder: Path, pixels: PixelFormat) -> None:
-    """Write the `preprocessor_config.json` with which `transformers.AutoImageProcessor` prepares images as in training.
-
-    It resizes the shorter edge and crops the centre, bilinear, as validation here does.
-    """
-    height, width = pixels.size
-    processor = {
-        "image_processor_type": _PROCESSOR_CLASS,
-        "do_convert_rgb": pixels.channels == 3,
-        "do_resize": True,
-        "size": {"shortest_edge": max(height, width)},
-        "resample": _BILINEAR,
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(pixels.mean),
-        "image_std": list(pixels.std),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / PROCESSOR_FILE, json.dumps(processor, indent=2) + "\n")
 
 
 def _size(configured: int | Sequence[int] | None, wanted: int | None) -> tuple[int, int]:
