@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import logging
@@ -14,16 +15,19 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from huggingface_hub import constants
 from PIL import Image
 
 from tests.data.stream_contract import check_cursors, read_shards
 from truthgpt.data import hf_dataset, hf_source
 from truthgpt.data.base import IdentifiedSource, ImageFields, StreamSource
-from truthgpt.data.hf_source import HfImageSource, HfSource
+from truthgpt.data.hf_source import HfImageSource, HfSource, open_rows
+from truthgpt.data.jsonl_source import JsonlSource
 from truthgpt.data.rows import BadRowPolicy, RowFields
 from truthgpt.errors import ConfigError, DataError
 
+NO_BAD_ROWS = BadRowPolicy("error", 0.0)
 Rows = Sequence[Mapping[str, Any]]
 ROWS = [{"id": index, "text": f"row {index} é", "blank": None} for index in range(25)]
 CHATS = [
@@ -51,16 +55,16 @@ def source(
     split: str = "train",
     format: Literal["text", "prompt_completion", "chat"] = "text",
     text_field: str = "text",
-    bad_rows: BadRowPolicy | None = None,
+    bad_rows: BadRowPolicy = NO_BAD_ROWS,
     streaming: bool = False,
-) -> HfSource:
-    return HfSource(
+) -> HfSource | JsonlSource:
+    return open_rows(
         None if dataset is None else str(dataset),
         subset,
         split,
         None if path is None else [str(p) for p in path],
         RowFields(format, text_field, "prompt", "completion", "messages", "all"),
-        bad_rows or BadRowPolicy("error", 0.0),
+        bad_rows,
         streaming,
     )
 
@@ -74,6 +78,10 @@ def write_csv(path: Path, rows: Rows) -> None:
 
 def write_json_lines(path: Path, rows: Rows) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_array(path: Path, rows: Rows) -> None:
+    path.write_text(json.dumps(rows))
 
 
 def write_arrow(path: Path, rows: Rows) -> None:
@@ -90,7 +98,7 @@ WRITERS: dict[str, Callable[[Path, Rows], None]] = {
     ".parquet": write_parquet,
     ".csv": write_csv,
     ".tsv": write_csv,
-    ".json": lambda path, rows: path.write_text(json.dumps(rows)),  # type: ignore[dict-item, return-value]
+    ".json": write_array,
     ".jsonl": write_json_lines,
     ".arrow": write_arrow,
 }
@@ -106,9 +114,10 @@ def test_every_kind_of_file(tmp_path: Path, suffix: str, streaming: bool) -> Non
     assert isinstance(rows, IdentifiedSource)
     documents = list(rows.documents())
     assert [document.text for document in documents] == [row["text"] for row in ROWS]
-    place = "shard 1 row 0" if streaming else "row 13"
-    assert documents[13].where == f"{tmp_path}[train] {place}"
-    assert len(rows.shards()) == (2 if streaming else 1)
+    place = f"{tmp_path}[train] {'shard 1 row 0' if streaming else 'row 13'}"
+    files = suffix == ".jsonl"  # read line by line, with the library's ones left to the library
+    assert documents[13].where == (f"{tmp_path}/b.jsonl:1" if files else place)
+    assert len(rows.shards()) == (2 if streaming or files else 1)
     check_cursors(rows, documents)
 
 
@@ -157,7 +166,7 @@ def test_a_parquet_file_is_entered_at_its_row_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".json"])
 def test_chats(tmp_path: Path, streaming: bool, suffix: str) -> None:
     WRITERS[suffix](tmp_path / f"a{suffix}", CHATS)
     first, second = source(path=[tmp_path], format="chat", streaming=streaming).documents()
@@ -168,19 +177,21 @@ def test_chats(tmp_path: Path, streaming: bool, suffix: str) -> None:
     assert (first.conversation.tools, second.conversation.tools) == (({"name": "f"},), ())
 
 
-def test_nulls_that_arrow_fills_in_are_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".parquet", ".json"])
+def test_nulls_that_arrow_fills_in_are_dropped(tmp_path: Path, suffix: str, streaming: bool) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"arguments": {"x": 1, "y": None}}]}
     other = {"role": "assistant", "content": "a", "tool_calls": [{"arguments": {"x": None, "y": 2}}]}
-    write_parquet(tmp_path / "a.parquet", [{"messages": [call, other]}])
-    (document,) = source(path=[tmp_path], format="chat").documents()
+    WRITERS[suffix](tmp_path / f"a{suffix}", [{"messages": [call, other]}])
+    (document,) = source(path=[tmp_path], format="chat", streaming=streaming).documents()
     assert document.conversation is not None
     assert [message["tool_calls"] for message in document.conversation.messages] == [
         [{"arguments": {"x": 1}}],
         [{"arguments": {"y": 2}}],
     ]
-    write_parquet(tmp_path / "a.parquet", [{"messages": [{"role": "user", "content": None}]}])
+    WRITERS[suffix](tmp_path / f"a{suffix}", [{"messages": [{"role": "user", "content": None}]}])
     with pytest.raises(DataError, match=r"messages\[0\].content must be a string .null only with tool_calls., found"):
-        list(source(path=[tmp_path], format="chat").documents())
+        list(source(path=[tmp_path], format="chat", streaming=streaming).documents())
 
 
 def test_prompt_and_completion(tmp_path: Path) -> None:
@@ -204,6 +215,78 @@ def test_folder_of_files_with_splits(tmp_path: Path, streaming: bool) -> None:
 def test_part_of_a_split(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", ROWS)
     assert len(list(source(path=[tmp_path], split="train[:20%]").documents())) == 5
+    with pytest.raises(ConfigError, match=r"has no split 'test' \(there is train\)"):
+        list(source(path=[tmp_path], split="test").documents())
+
+
+LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS[:5])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_json_lines_are_read_as_the_source_jsonl_reads_them(tmp_path: Path, streaming: bool) -> None:
+    """Also `.json` of a folder, which that source leaves out there."""
+    files = {"a.jsonl": LINES, "b.json": b"\n \n" + LINES, "c.json.gz": gzip.compress(LINES), "d.json": b""}
+    files["e.jsonl.zst"] = zstandard.ZstdCompressor().compress(b"\xef\xbb\xbf" + LINES)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    rows = source(path=[tmp_path], streaming=streaming)
+    paths = [str(tmp_path / name) for name in sorted(files)]
+    same = JsonlSource(paths, RowFields("text", "text", "prompt", "completion", "messages", "all"), NO_BAD_ROWS)
+    documents = list(rows.documents())
+    assert documents == list(same.documents()) and len(documents) == 20
+    assert (rows.shards(), rows.identity(), rows.fingerprint()) == (paths, same.identity(), same.fingerprint())
+    check_cursors(rows, documents)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [b'[{"text": "a"},\n{"text": "b"}]', b'\n [{"text": "a"}, {"text": "b"}]', b'["a", "b"]'],
+    ids=["lines", "blanks", "strings"],
+)
+def test_an_array_is_left_to_the_library(tmp_path: Path, content: bytes, streaming: bool) -> None:
+    """And with it the files beside it, in their order; so are objects over several lines."""
+    (tmp_path / "b.json").write_bytes(content)
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n')
+    (tmp_path / "c.json").write_text('{\n  "text": "c"\n}\n{\n  "text": "d"\n}\n')
+    rows = source(path=[tmp_path], streaming=streaming)
+    assert isinstance(rows, HfSource)
+    assert [document.text for document in rows.documents()] == ["first", "a", "b", "c", "d"]
+    assert isinstance(source(path=[tmp_path / "c.json"], streaming=streaming), HfSource)
+    assert isinstance(source(path=[tmp_path / "a.jsonl"], streaming=streaming), JsonlSource)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lines_turned_into_an_array_are_other_data(tmp_path: Path, streaming: bool) -> None:
+    write_json_lines(tmp_path / "a.json", ROWS)
+    lines = source(path=[tmp_path / "a.json"], streaming=streaming)
+    found = [document.key for document in lines.documents()], lines.identity(), lines.fingerprint()
+    write_array(tmp_path / "a.json", ROWS)
+    array = source(path=[tmp_path / "a.json"], streaming=streaming)
+    assert found[0] == [document.key for document in array.documents()]
+    assert found[1] != array.identity() and found[2] != array.fingerprint()
+    settings: list[dict[str, Any]] = [{}, {"text_field": "id"}, {"format": "chat"}]
+    write_json_lines(tmp_path / "a.json", ROWS)
+    assert len({source(path=[tmp_path / "a.json"], **each).fingerprint() for each in settings}) == len(settings)
+    settings.append({"bad_rows": BadRowPolicy("skip", 0.1)})
+    assert len({source(path=[tmp_path / "a.json"], **each).identity() for each in settings}) == len(settings)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_malformed_json_lines_are_skipped(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "a.json").write_bytes(LINES + b'{"text": no}\n')
+    with pytest.raises(DataError, match=r"a\.json:6:10: not valid JSON: .*'\{\"text\": no\}'; correct the row, or set"):
+        list(source(path=[tmp_path / "a.json"], streaming=streaming).documents())
+    rows = source(path=[tmp_path / "a.json"], bad_rows=BadRowPolicy("skip", 0.2), streaming=streaming)
+    assert len(list(rows.documents())) == 5
+
+
+def test_json_that_cannot_be_looked_into(tmp_path: Path) -> None:
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(LINES)[:5])
+    rows = source(path=[tmp_path])
+    assert isinstance(rows, JsonlSource)
+    with pytest.raises(DataError, match=r"a\.json\.gz: the archive ends early"):
+        list(rows.documents())
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -232,14 +315,22 @@ def test_folder_written_by_save_to_disk(tmp_path: Path, streaming: bool) -> None
         (['{"text": ["a"]}'], "row 0: field 'text' must be a string, found a list"),
         (['{"text": " "}'], r"0 usable documents in .*: 1 rows, 1 without text"),
         ([], "0 usable documents in .*: there are no rows"),
-        (['{"text": "a"}', '{"text": no}'], "cannot be read: JSON parse error: Invalid value"),
     ],
 )
 def test_bad_rows(tmp_path: Path, rows: list[str], reason: str, streaming: bool) -> None:
-    (tmp_path / "a.jsonl").write_text("".join(row + "\n" for row in rows))
+    (tmp_path / "train.jsonl").write_text("".join(row + "\n" for row in rows))
     with pytest.raises(DataError, match=reason) as error:
-        list(source(path=[tmp_path / "a.jsonl"], streaming=streaming).documents())
-    assert f"{tmp_path}/a.jsonl[train]" in str(error.value)
+        list(source(tmp_path, streaming=streaming).documents())
+    assert f"{tmp_path}[train]" in str(error.value)
+
+
+def test_mixed_types_in_a_streamed_array(tmp_path: Path) -> None:
+    """The library keeps them as JSON, text in quotation marks, and knows nothing of it before the first row."""
+    write_array(tmp_path / "a.json", [{"text": "a", "other": 1}, {"text": "b", "other": "c"}])
+    assert [row.text for row in source(path=[tmp_path], text_field="text", streaming=True).documents()] == ["a", "b"]
+    write_array(tmp_path / "a.json", [{"text": "a"}, {"text": 3}])
+    rows = source(path=[tmp_path], bad_rows=BadRowPolicy("skip", 0.5), streaming=True)
+    assert [row.text for row in rows.documents()] == ["a"]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
@@ -256,7 +347,7 @@ def test_damaged_files(tmp_path: Path, suffix: str, streaming: bool) -> None:
 def test_bad_rows_are_skipped_counted_and_capped(
     tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_json_lines(tmp_path / "a.jsonl", [*ROWS[:9], {"text": None}])
+    write_array(tmp_path / "a.json", [*ROWS[:9], {"text": None}])
     rows = source(path=[tmp_path], bad_rows=BadRowPolicy("skip", 0.1), streaming=streaming)
     with caplog.at_level(logging.WARNING, logger="truthgpt"):
         assert [len(list(rows.documents())) for _ in range(2)] == [9, 9]
@@ -345,7 +436,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write_json_lines(tmp_path / "a.jsonl", ROWS)
+    write_array(tmp_path / "a.json", ROWS)
     datasets.enable_progress_bars()
     list(source(path=[tmp_path]).documents())
     assert capfd.readouterr().err == ""
@@ -353,14 +444,15 @@ def test_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_changed_file_is_read_anew(tmp_path: Path, streaming: bool) -> None:
-    file = tmp_path / "a.jsonl"
-    write_json_lines(file, [{"text": "one"}])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_changed_file_is_read_anew(tmp_path: Path, suffix: str, streaming: bool) -> None:
+    file = tmp_path / f"a{suffix}"
+    WRITERS[suffix](file, [{"text": "one"}])
     rows = source(path=[file], streaming=streaming)
     before = rows.identity(), rows.fingerprint()
     assert before == (rows.identity(), rows.fingerprint())
     assert [document.text for document in rows.documents()] == ["one"]
-    write_json_lines(file, [{"text": "two"}])
+    WRITERS[suffix](file, [{"text": "two"}])
     changed = source(path=[file], streaming=streaming)
     assert [document.text for document in changed.documents()] == ["two"]
     assert changed.identity() != before[0]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from truthgpt.data.compressed_file import ArchiveError, open_binary
 from truthgpt.data.file_identity import READ_BYTES, content_fingerprint, stat_identity
+from truthgpt.data.hf_diagnosis import find_mistake, format_suffix, is_json_lines
 from truthgpt.data.paths import resolve_files
 from truthgpt.errors import ConfigError, DataError, Problem
 
@@ -41,6 +42,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 """How files of `data.path` are read, by their ending: the library's builder and its options."""
 COMPRESSED_FORMATS = (".csv", ".tsv", ".json", ".jsonl")
 SUFFIXES = (*FORMATS, *(f"{suffix}{packed}" for suffix in COMPRESSED_FORMATS for packed in (".gz", ".zst")))
+SETTINGS_OF_ANY_FILE = ("name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter")
+"""Settings of the library's builders that leave JSON what it is, and CSV but for its delimiter."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CONNECT_TIMEOUT_S = 3.0
 """How long the hub may take to answer before the copy in the cache is used."""
@@ -112,6 +115,16 @@ class HfLocation:
         folder = self._folder()
         return None if folder is None else resolve_files([str(folder)])
 
+    def is_json_lines(self) -> bool:
+        """Whether all of it is files of JSON Lines in `path`, which need no library. `.json` files are looked into.
+
+        Raises:
+            DataError: a path that matches no file.
+        """
+        if not self.path or self.dataset or self.subset or self.split != "train":
+            return False
+        return all(is_json_lines(file) for file in self.files() or ())
+
     def saved_folder(self) -> Path | None:
         """The folder, when it was written by `save_to_disk`."""
         folder = self._folder()
@@ -132,8 +145,8 @@ def open_stored(location: HfLocation) -> Dataset:
     """
     if location.saved_folder() is not None:
         return _load_saved(location)
-    with reading(location.name):
-        builder = _open_builder(location)
+    builder = _open_builder(location)
+    with reading(location.name, location):
         builder.download_and_prepare()
         splits = list(builder.info.splits or ())
         try:
@@ -151,8 +164,8 @@ def open_stream(location: HfLocation) -> IterableDataset:
         ConfigError: no such subset or split.
         DataError: not found, not readable, or not reachable.
     """
-    with reading(location.name):
-        builder = _open_builder(location)
+    builder = _open_builder(location)
+    with reading(location.name, location):
         splits = builder.as_streaming_dataset()
         if location.split not in splits:
             raise _unknown_split(location, list(splits))
@@ -182,14 +195,21 @@ def dataset_fingerprint(location: HfLocation) -> str:
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Turn what `datasets` raises while opening or reading `name` into a DataError; its progress bars are off."""
+def reading(name: str, location: HfLocation | None = None) -> Iterator[None]:
+    """Turn what `datasets` raises while opening or reading `name` into a DataError; its progress bars are off, and so
+    is the line that its readers of files log before they raise.
+
+    With `location` its files are the cause, and parsed again to say where the mistake is.
+    """
     datasets = import_datasets()
     import pyarrow
     from huggingface_hub.errors import HfHubHTTPError
 
     bars_off = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
+    readers = logging.getLogger("datasets.packaged_modules")
+    level = readers.level
+    readers.setLevel(logging.CRITICAL)
     try:
         yield
     except StopIteration as error:
@@ -204,11 +224,14 @@ def reading(name: str) -> Iterator[None]:
         ValueError,
         RuntimeError,
         ImportError,
+        TypeError,  # a number among the objects of a JSON array
     ) as error:
         if "BatchSize must be greater than 0" in _reason(error):  # what a parquet file without rows ends in
             raise no_rows(name) from error
-        raise DataError(f"{name}: cannot be read: {_reason(error)}") from error
+        mistake = None if location is None else _find_mistake(location)
+        raise DataError(mistake or f"{name}: cannot be read: {_reason(error)}") from error
     finally:
+        readers.setLevel(level)
         if not bars_off:
             datasets.enable_progress_bars()
 
@@ -231,11 +254,40 @@ def _check_archives(files: Sequence[Path]) -> None:
 
 
 def _open_builder(location: HfLocation) -> DatasetBuilder:
+    with reading(location.name):
+        builder = _load_builder(location)
+        _check_archives(_data_files(location, builder))
+    return builder
+
+
+def _data_files(location: HfLocation, builder: DatasetBuilder) -> list[Path]:
+    """The local files that the library reads, as messages call them; none for a dataset of the hub."""
+    called = {file.resolve(): file for file in location.files() or ()}
+    names = [name for names in (builder.config.data_files or {}).values() for name in names]
+    return [called[file] for file in (Path(name).resolve() for name in names) if file in called]
+
+
+def _find_mistake(location: HfLocation) -> str | None:
+    """What is wrong, and where, in the first of the local files that is no valid JSON or CSV; None where none is."""
+    if location.files() is None:
+        return None
+    builder = _open_builder(location)
+    default = type(builder.config)()
+    for name, value in vars(builder.config).items():
+        if name not in SETTINGS_OF_ANY_FILE and value != getattr(default, name):
+            return None  # a folder's README may say that it holds JSON or CSV of another kind
+    for file in _data_files(location, builder):
+        mistake = find_mistake(file, getattr(builder.config, "sep", ","))
+        if mistake is not None:
+            return mistake
+    return None
+
+
+def _load_builder(location: HfLocation) -> DatasetBuilder:
     datasets = import_datasets()
     location.check()
     if location.path:
         kind, options, files = _files_of_one_kind(location.files() or [])
-        _check_archives(files)
         patterns = [glob.escape(str(file.resolve())) for file in files]
         return datasets.load_dataset_builder(kind, data_files={"train": patterns}, **options)
     folder = location._folder()
@@ -255,8 +307,7 @@ def _open_builder(location: HfLocation) -> DatasetBuilder:
 def _files_of_one_kind(files: Sequence[Path]) -> tuple[str, dict[str, Any], Sequence[Path]]:
     kinds: dict[str, Path] = {}
     for file in files:
-        suffixes = [suffix for suffix in file.suffixes if suffix not in (".gz", ".zst")]
-        kinds.setdefault(suffixes[-1] if suffixes else "", file)
+        kinds.setdefault(format_suffix(file), file)
     for suffix, file in kinds.items():
         if suffix not in FORMATS:
             raise _problem("path", f"{file}: hf reads files ending in {', '.join(SUFFIXES)}", "use another data.source")
@@ -284,8 +335,7 @@ def _load_saved(location: HfLocation) -> Dataset:
 
 
 def _hub_version(location: HfLocation) -> str:
-    with reading(location.name):
-        builder = _open_builder(location)
+    builder = _open_builder(location)
     return f"{builder.dataset_name} {builder.config_id} {builder.hash}"
 
 

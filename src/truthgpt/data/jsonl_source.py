@@ -35,9 +35,10 @@ class JsonlSource:
     again up to there.
 
     Args:
-        paths: files, folders (all `*.jsonl`, `*.jsonl.gz` and `*.jsonl.zst` below) or globs.
+        paths: files, folders or globs.
         fields: what a row holds.
         bad_rows: what a malformed row does.
+        suffixes: endings of the files taken from a folder.
 
     Raises:
         DataError: a path that matches no file.
@@ -45,8 +46,10 @@ class JsonlSource:
 
     layout: Literal["stream", "rows"] = "rows"
 
-    def __init__(self, paths: Sequence[str], fields: RowFields, bad_rows: BadRowPolicy) -> None:
-        self._files = resolve_files(paths, suffix=SUFFIXES)
+    def __init__(
+        self, paths: Sequence[str], fields: RowFields, bad_rows: BadRowPolicy, suffixes: tuple[str, ...] = SUFFIXES
+    ) -> None:
+        self._files = resolve_files(paths, suffix=suffixes)
         self._fields = fields
         self._bad_rows = bad_rows
         self._reported = False

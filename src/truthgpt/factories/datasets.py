@@ -83,11 +83,11 @@ def build_hf(
     path: list[str] | None = None,
 ) -> Source | ImageSource:
     """The `datasets` library: hub names, saved folders, and parquet, csv, json or arrow files; rows or images."""
-    from truthgpt.data.hf_source import HfImageSource, HfSource
+    from truthgpt.data.hf_source import HfImageSource, open_rows
 
     if images is not None:
         return HfImageSource(dataset, subset, split or "train", path, images, classes)
-    return HfSource(dataset, subset, split or "train", path, rows, bad_rows, streaming)
+    return open_rows(dataset, subset, split or "train", path, rows, bad_rows, streaming)
 
 
 @DATASETS.register("webdataset", options=NoOptions, probe=_probe_webdataset)
