@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from truthgpt.cli.benchmark import benchmark_app
 from truthgpt.cli.components import components, load_installed_plugins, load_plugins
 from truthgpt.cli.doctor import doctor
 from truthgpt.cli.evaluate import evaluate
@@ -70,6 +71,7 @@ app.command(epilog=_EVERYWHERE)(components)
 app.command("eval", epilog=_EVERYWHERE)(evaluate)
 app.command(epilog=_EVERYWHERE)(generate)
 app.add_typer(runs_app, name="runs", epilog=_EVERYWHERE)
+app.add_typer(benchmark_app, name="benchmark", epilog=_EVERYWHERE)
 
 
 def main(argv: list[str] | None = None) -> None:
