@@ -271,10 +271,10 @@ def assert_all_finite(run: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["nan", "nan_gradient"])
 def test_training_that_stays_non_finite(cli: Cli, backend: str) -> None:
-    """Good steps first: 2 layers x 2 micro-batches a step, so that step 8 is the first bad one."""
+    """Good steps first: 2 layers x 2 micro-batches a step after the 4 calls of the probe; step 8 is the first bad one."""
     write_sources(cli.folder)
     arguments = (f"model.attention.backend={backend}", "guards.max_consecutive_skips=3", "data.validation_fraction=0")
-    finished = cli("train", "base.yaml", *FAULTS, *arguments, "--json", env={"FAIL_AT_CALL": "28"})
+    finished = cli("train", "base.yaml", *FAULTS, *arguments, "--json", env={"FAIL_AT_CALL": "32"})
     refused(finished, 5, "more than 3 steps in a row", "training.learning_rate")
     assert finished.json["state"] == "failed" and finished.json["exit_code"] == 5
     run = cli.folder / "runs/t"
@@ -308,7 +308,7 @@ def test_anomaly_detection_names_the_operation(cli: Cli) -> None:
 def test_out_of_memory(cli: Cli) -> None:
     write_sources(cli.folder)
     arguments = ("model.attention.backend=out_of_memory", "data.validation_fraction=0")
-    finished = cli("train", "base.yaml", *FAULTS, *arguments, "--json", env={"FAIL_AT_CALL": "27"})
+    finished = cli("train", "base.yaml", *FAULTS, *arguments, "--json", env={"FAIL_AT_CALL": "31"})
     refused(
         finished, 7, "step 7 ", "micro-batches of 4 x 32 labels", "training.train_batch_size", "gradient_checkpointing"
     )

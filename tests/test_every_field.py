@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 import truthgpt.build
+import truthgpt.build_attention
 import truthgpt.build_data
 from tests.sample_data import CHAT_TEMPLATE, write_every_source, write_hub_datasets
 from tests.test_build import COMPLETIONS, NO_DROPOUT, build, registered, small_config
@@ -28,7 +29,7 @@ from truthgpt.build import Components
 from truthgpt.build_trainer import build_trainer
 from truthgpt.config.schema import Config
 from truthgpt.config.section import Component
-from truthgpt.data.base import Batch
+from truthgpt.data.base import Batch, LossAndLogits
 from truthgpt.errors import ConfigError, DataError, NonFiniteError
 from truthgpt.factories.attention import ATTENTION_BACKENDS
 from truthgpt.factories.kv_cache import KV_CACHES
@@ -193,7 +194,7 @@ def fact(name: str) -> Look:
 def sees_anomalies(trainer: GenericTrainer) -> bool:
     seen = []
 
-    def objective(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def objective(model: torch.nn.Module, batch: Batch) -> LossAndLogits:
         seen.append(torch.is_anomaly_enabled())
         return causal_lm_loss(model, batch)
 
@@ -323,6 +324,9 @@ TABLE: dict[str, Shows | Refused] = {
     "model.attention.backend": Shows(
         "model.attention.backend=other", built(lambda c: c.model.config._attn_implementation)
     ),
+    "model.attention.verify": Shows(
+        "model.attention.verify=false", passed_to(truthgpt.build_attention, "dense_error"), ("data.packing=false",)
+    ),
     "model.kv_cache.type": Shows("model.kv_cache.type=other", built(lambda c: c.kv_cache)),
     "model.kv_cache.block_size": Refused("model.kv_cache.block_size=64", "is not read by kv_cache.type: none"),
     "model.memory.policy": Shows("model.memory.policy=other", plan),
@@ -344,6 +348,11 @@ TABLE: dict[str, Shows | Refused] = {
     "training.scheduler": Shows("training.scheduler=linear", schedule),
     "training.mixed_precision": Shows(
         "training.mixed_precision=fp16", built(lambda c: (c.precision.name, c.fallbacks.to_json()))
+    ),
+    "training.weights": Shows(
+        "training.weights=bf16_master",
+        built(lambda c: (first_weight(c), c.fallbacks.to_json())),
+        ("training.mixed_precision=bf16",),
     ),
     "training.early_stopping_patience": Shows("training.early_stopping_patience=2", steps_with("loss"), STUCK),
     "training.allow_tf32": Shows("training.allow_tf32=false", passed_to(truthgpt.build, "configure_backends", 1)),

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.test_build import COMPLETIONS, NO_DROPOUT, build, build_small_trainer, registered
 from truthgpt.build import Components
-from truthgpt.data.base import Batch, GlobalBatch
+from truthgpt.data.base import Batch, GlobalBatch, LossAndLogits
 from truthgpt.errors import NonFiniteError
 from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.models.causal_lm import causal_lm_loss
@@ -217,7 +217,7 @@ def poison(call: int) -> Objective:
     """The real objective, save that call number `call` (from 0) gives NaN."""
     calls = iter(range(10**6))
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def objective(model: nn.Module, batch: Batch) -> LossAndLogits:
         loss, logits = causal_lm_loss(model, batch)
         return (loss * math.nan if next(calls) == call else loss), logits
 
@@ -260,7 +260,7 @@ def test_non_finite_micro_batch_touches_nothing(tmp_path: Path, name: str) -> No
 def test_infinite_gradient_of_a_finite_loss_is_skipped_too(tmp_path: Path) -> None:
     components = build(tmp_path, *PLAIN)
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def objective(model: nn.Module, batch: Batch) -> LossAndLogits:
         loss, logits = causal_lm_loss(model, batch)
         zero = next(model.parameters()).sum() * 0
         return loss + zero.sqrt(), logits  # d sqrt(x) / dx is infinite at 0, times 0 is NaN
@@ -275,7 +275,7 @@ def test_infinite_gradient_of_a_finite_loss_is_skipped_too(tmp_path: Path) -> No
 def test_anomaly_detection_names_the_operation(tmp_path: Path) -> None:
     components = build(tmp_path, *PLAIN)
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def objective(model: nn.Module, batch: Batch) -> LossAndLogits:
         loss, logits = causal_lm_loss(model, batch)
         return loss + (next(model.parameters()).sum() * 0).sqrt(), logits
 

@@ -85,7 +85,7 @@ def test_every_mistake_at_once_with_its_line(tmp_path: Path) -> None:
                 "seed: -1",
                 "learning_rate: 1e-3",
                 "model:",
-                "  attention: {backend: flash}",
+                "  attention: {backend: flashy}",
                 "  lora: {enabled: true}",
                 "  tokenizer: {type: bpe}",
                 "training:",
@@ -213,8 +213,7 @@ def test_aliases_mean_keys_that_exist() -> None:
 @pytest.mark.parametrize(
     ("override", "key", "kind"),
     [
-        ("model.attention.backend=flash", "model.attention.backend", "attention backend"),
-        ("model.attention.backend=triton", "model.attention.backend", "attention backend"),
+        ("model.attention.backend=xformers", "model.attention.backend", "attention backend"),
         ("model.kv_cache.type=paged", "model.kv_cache.type", "kv cache"),
         ("model.memory.policy=adaptive", "model.memory.policy", "memory policy"),
         ("data.source=hub", "data.source", "data source"),

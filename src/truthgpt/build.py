@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from truthgpt.build_data import build_eval_loader, rows_per_micro_batch
 from truthgpt.build_images import build_image_data, build_image_eval_loader, build_image_task
 from truthgpt.build_sources import build_text_data
-from truthgpt.build_text import build_text_task
+from truthgpt.build_text import build_text_task, choose_loss
 from truthgpt.config.schema import Config
 from truthgpt.data.base import TrainLoader
 from truthgpt.data.loader import EvalLoader
@@ -31,14 +31,14 @@ from truthgpt.kv_cache.base import KVCachePolicy
 from truthgpt.load_model import LoadedModel
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.metrics.base import Metric
-from truthgpt.models.causal_lm import causal_lm_loss, quiet_transformers
+from truthgpt.models.causal_lm import quiet_transformers
 from truthgpt.models.image_classifier import image_classification_loss
 from truthgpt.models.image_processor import pixel_format_of
 from truthgpt.optim.groups import parameter_groups
 from truthgpt.runtime.compile import compile_layers, compile_pays
 from truthgpt.runtime.device import choose_device, configure_backends
 from truthgpt.runtime.fallbacks import Fallbacks
-from truthgpt.runtime.precision import Precision, choose_precision
+from truthgpt.runtime.precision import Precision, choose_precision, hold_weights_in_bf16
 from truthgpt.task import TaskParts
 from truthgpt.trainers.engine import Objective
 
@@ -109,6 +109,7 @@ def build_components(config: Config) -> Components:
     build_task = build_image_task if config.model.task == IMAGES else build_text_task
     task = build_task(config, plan, device, precision, fallbacks)
     max_steps = _max_steps(config, task)
+    precision = _hold_weights(config, task.model, plan, precision, fallbacks)
     _compile(config, task, plan, precision, max_steps, fallbacks)
     return Components(
         device=device,
@@ -147,7 +148,7 @@ def build_evaluation(config: Config, loaded: LoadedModel) -> EvaluationComponent
     if loader is None:
         raise DataError("nothing to evaluate: set data.validation_fraction above 0, or data.validation_path")
     precision = choose_precision(config.training.mixed_precision, device, fallbacks)
-    objective = image_classification_loss if loaded.tokenizer is None else causal_lm_loss
+    objective = image_classification_loss if loaded.tokenizer is None else choose_loss(loaded.model, fallbacks)
     return EvaluationComponents(loader, _build_metrics(config, loaded.tokenizer), objective, precision)
 
 
@@ -157,6 +158,19 @@ def _max_steps(config: Config, task: TaskParts) -> int:
         return config.training.max_steps
     assert task.train_loader.steps_per_epoch is not None
     return config.training.epochs * task.train_loader.steps_per_epoch
+
+
+def _hold_weights(
+    config: Config, model: PreTrainedModel, plan: MemoryPlan, precision: Precision, fallbacks: Fallbacks
+) -> Precision:
+    """Keep the weights as `training.weights` says, once nothing needs them in float32 any more; the run's precision."""
+    wanted = config.training.weights
+    if wanted == "float32":
+        return precision
+    if precision.name != "bf16":
+        fallbacks.take("training.weights", wanted, "float32", f"the run computes in {precision.name}")
+        return precision
+    return hold_weights_in_bf16(model, sum_in_float32=plan.grad_accum_steps > 1)
 
 
 def _build_plan(config: Config) -> MemoryPlan:
@@ -218,6 +232,8 @@ def _build_optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Opti
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
             fused=optimizer.fused and training.fused_adamw,
+            weights=training.weights,
+            seed=config.seed,
         ),
     )
 

@@ -4,70 +4,112 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from truthgpt.attention.base import AttentionFunction, capabilities_of
+from truthgpt.attention.base import AttentionFunction, capabilities_of, obstacle_of
 from truthgpt.attention.install import check_attention, install_attention
-from truthgpt.attention.probe import TOLERANCE, dense_error, packed_errors
+from truthgpt.attention.probe import HALF_TOLERANCE, TOLERANCE, dense_error, packed_errors
 from truthgpt.build_data import TokenizedText, can_pack, packing_pays, wants_packing
 from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, Problem
-from truthgpt.factories.attention import ATTENTION_BACKENDS
+from truthgpt.factories.attention import ATTENTION_BACKENDS, FALLBACK
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.precision import Precision
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "model.attention.backend"
+OWN_BACKENDS = ("sdpa", "flash", "triton")
 
 
-def build_attention(config: Config, architecture: PreTrainedConfig) -> AttentionFunction:
-    """The backend of `model.attention`, checked against the model's configuration before any data is read.
+@dataclass(frozen=True)
+class Backend:
+    """An attention backend and its name in the registry."""
+
+    name: str
+    function: AttentionFunction
+
+
+def build_attention(
+    config: Config, architecture: PreTrainedConfig, device: torch.device, precision: Precision, fallbacks: Fallbacks
+) -> Backend:
+    """The backend of `model.attention`, or `sdpa` where that one cannot serve this machine, model or precision; checked
+    against the model's configuration before any data is read.
 
     Raises:
         ConfigError: the backend would silently compute this model wrongly.
     """
-    backend = config.model.attention
-    function: AttentionFunction = ATTENTION_BACKENDS.build(backend.backend, backend.model_extra)
-    check_attention(backend.backend, function, architecture, config.data.max_seq_len)
-    return function
+    wanted = config.model.attention
+    available = ATTENTION_BACKENDS.entry(wanted.backend).probe()
+    reason = available.reason
+    if available.available:
+        function: AttentionFunction = ATTENTION_BACKENDS.build(wanted.backend, wanted.model_extra)
+        reason = obstacle_of(function, architecture, device, precision.name)
+    if reason is None:
+        backend = Backend(wanted.backend, function)
+    else:
+        fallbacks.take(BACKEND, wanted.backend, FALLBACK, reason)
+        backend = Backend(FALLBACK, ATTENTION_BACKENDS.build(FALLBACK))
+    check_attention(backend.name, backend.function, architecture, config.data.max_seq_len)
+    return backend
 
 
-def attend(config: Config, model: PreTrainedModel, function: AttentionFunction, fallbacks: Fallbacks) -> bool:
+def attend(
+    config: Config, model: PreTrainedModel, backend: Backend, precision: Precision, fallbacks: Fallbacks
+) -> bool:
     """Make `model` use the backend; whether it does.
 
     A model that calls no attention function, or needs masks that only transformers builds for it, keeps transformers'
-    own attention: one line says so. `sdpa` is compared with transformers' own on one row first; another backend may
-    be an approximation on purpose.
+    own attention: one line says so. The backend is compared with transformers' own on one row first, in float32 and in
+    the run's precision, as `model.attention.verify` says; a plugin's may be an approximation on purpose.
 
     Raises:
-        ConfigError: the model calls no attention function, and another backend than `sdpa` is asked for.
+        ConfigError: the model calls no attention function, and another backend than `sdpa` is asked for; or a plugin's
+            backend is to be verified and is off.
     """
-    name, own = config.model.attention.backend, str(model.config._attn_implementation)
+    own = str(model.config._attn_implementation)
     if not model._supports_attention_backend or own == "eager":
         reason = f"{type(model).__name__} calls no attention function"
-        if name != "sdpa":
-            raise ConfigError([Problem(key=BACKEND, message=f"{name}: {reason}", suggestion="use sdpa")])
+        if backend.name != FALLBACK:
+            raise ConfigError([Problem(key=BACKEND, message=f"{backend.name}: {reason}", suggestion="use sdpa")])
         _keep_own(own, reason, fallbacks)
         return False
-    model.set_attn_implementation(install_attention(name, function))
-    if name != "sdpa":
+    model.set_attn_implementation(install_attention(backend.name, backend.function))
+    ours = backend.name in OWN_BACKENDS
+    if config.model.attention.verify is False or (config.model.attention.verify == "auto" and not ours):
         return True
-    error = dense_error(model, config.data.max_seq_len)
-    right = error <= TOLERANCE  # NaN is not
-    if not right:
-        model.set_attn_implementation(own)
-        reason = f"{type(model).__name__} needs masks of its own (its logits would be off by {error:.1e})"
-        _keep_own(own, reason, fallbacks)
-    return right
+    error = _error(model, config.data.max_seq_len, precision)
+    if error is None:
+        return True
+    if not ours:
+        message = f"{backend.name} is not this model's attention: {error}"
+        hint = "correct it, or set model.attention.verify=false where it is meant to differ"
+        raise ConfigError([Problem(key=BACKEND, message=message, suggestion=hint)])
+    model.set_attn_implementation(own)
+    _keep_own(own, f"{type(model).__name__} needs masks of its own ({error})", fallbacks)
+    return False
+
+
+def _error(model: PreTrainedModel, seq_len: int, precision: Precision) -> str | None:
+    """How far the backend's logits are off, in words; None when they are not."""
+    error = dense_error(model, seq_len)
+    if not error <= TOLERANCE:  # NaN is not
+        return f"its logits would be off by {error:.1e}"
+    if precision.name == "none":
+        return None
+    with precision.autocast():
+        error = dense_error(model, seq_len)
+    return None if error <= HALF_TOLERANCE else f"in {precision.name} its logits would be off by {error:.1e}"
 
 
 def choose_packing(
     config: Config,
     text: TokenizedText,
     model: PreTrainedModel,
-    function: AttentionFunction,
+    backend: Backend,
     attends: bool,
     precision: Precision,
 ) -> bool:
@@ -85,7 +127,7 @@ def choose_packing(
     """
     if not wants_packing(config.data, text.data.has_rows):
         return False
-    reason = _cannot_pack(config, model, function, attends, precision)
+    reason = _cannot_pack(config, model, backend, attends, precision)
     if reason is None:
         return config.data.packing is True or packing_pays(config, text)
     if config.data.packing is True:
@@ -96,16 +138,15 @@ def choose_packing(
 
 
 def _cannot_pack(
-    config: Config, model: PreTrainedModel, function: AttentionFunction, attends: bool, precision: Precision
+    config: Config, model: PreTrainedModel, backend: Backend, attends: bool, precision: Precision
 ) -> str | None:
     """Why documents in one row would see each other, or None."""
-    backend = config.model.attention.backend
     if not can_pack(config.data):
         return f"the collator {config.data.collate.type} takes no packed rows"
     if not attends:
         return f"{type(model).__name__} keeps transformers' own attention"
-    if "packed" not in capabilities_of(function):
-        return f"the attention backend {backend} declares no packed rows"
+    if "packed" not in capabilities_of(backend.function):
+        return f"the attention backend {backend.name} declares no packed rows"
     for half in (False, True) if precision.name != "none" else (False,):
         try:
             with precision.autocast() if half else nullcontext():

@@ -22,11 +22,14 @@ from truthgpt.models.causal_lm import (
     load_causal_lm,
     set_generation_defaults,
     transformers_attention,
+    whole_logits_loss,
 )
+from truthgpt.models.output_head import head_completes_body
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.flops import training_flops_per_token
 from truthgpt.runtime.precision import Precision
 from truthgpt.task import TaskParts
+from truthgpt.trainers.engine import Objective
 
 
 def build_text_task(
@@ -41,19 +44,19 @@ def build_text_task(
     length = config.data.max_seq_len
     architecture = load_architecture(config.model.name_or_path, config.model.config, config.model.trust_remote_code)
     check_context(architecture, length)
-    function = build_attention(config, architecture)
+    backend = build_attention(config, architecture, device, precision, fallbacks)
 
     data = build_text_data(config)
     tokenizer = build_tokenizer(config, data)
     model = _build_model(config, architecture, tokenizer).to(device)
     if plan.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    attends = attend(config, model, function, fallbacks)
+    attends = attend(config, model, backend, precision, fallbacks)
     text = tokenize_text(data, tokenizer)
-    packed = choose_packing(config, text, model, function, attends, precision)
+    packed = choose_packing(config, text, model, backend, attends, precision)
     return TaskParts(
         model=model,
-        objective=causal_lm_loss,
+        objective=choose_loss(model, fallbacks),
         tokenizer=tokenizer,
         processor=tokenizer,
         train_loader=build_train_loader(config, text, plan, packed, device, fallbacks),
@@ -64,6 +67,15 @@ def build_text_task(
         unit="tokens",
         flops_per_token=training_flops_per_token(model, length),
     )
+
+
+def choose_loss(model: PreTrainedModel, fallbacks: Fallbacks) -> Objective:
+    """The loss that never holds a batch's logits, or the one that does where the model's head is more than a layer."""
+    if head_completes_body(model):
+        return causal_lm_loss
+    reason = f"the logits of {type(model).__name__} are not those of a linear layer over its last hidden states"
+    fallbacks.take("the loss", "cross-entropy in chunks", "cross-entropy of all logits", reason)
+    return whole_logits_loss
 
 
 def _build_model(config: Config, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

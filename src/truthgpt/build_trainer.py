@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import KeyPath
 from truthgpt.inference.generate import GenerationSettings, generate_texts
 from truthgpt.models.causal_lm import count_parameters
+from truthgpt.optim.adamw import float32_copy
 from truthgpt.runtime.device import describe_hardware
 from truthgpt.runtime.environment import describe_environment
 from truthgpt.runtime.flops import peak_flops
@@ -117,13 +119,14 @@ def _data_names(config: Config) -> str:
 
 
 def _engine(config: Config, components: Components) -> TrainEngine:
+    exact = partial(float32_copy, components.optimizer)
     return TrainEngine(
         components.model,
         components.task.objective,
         components.optimizer,
         components.schedule,
         components.precision,
-        EMA(components.model, config.ema.decay) if config.ema.enabled else NoEMA(),
+        EMA(components.model, config.ema.decay, exact) if config.ema.enabled else NoEMA(),
         NonFiniteGuard(config.guards.max_consecutive_skips, components.device),
         EngineSettings(config.seed, config.training.max_grad_norm, config.training.detect_anomaly),
     )

@@ -15,6 +15,7 @@ from truthgpt.config.strict_yaml import KeyPath
 from truthgpt.factories.collate import COLLATORS
 from truthgpt.factories.datasets import DATASETS, KEYS, reads
 from truthgpt.factories.metrics import METRICS
+from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.factories.registry import Entry, accepts
 
 _LATER = "is not in this version"
@@ -67,8 +68,22 @@ def _model_rules(config: Config) -> Iterator[Broken]:
     if model.kv_cache.type == "none" and model.kv_cache.block_size != type(model.kv_cache)().block_size:
         message = "is not read by kv_cache.type: none"
         yield Broken(("model", "kv_cache", "block_size"), message, "leave it out", (("model", "kv_cache", "type"),))
+    yield from _weight_rules(config)
     if model.lora.enabled:
         yield Broken(("model", "lora", "enabled"), f"true {_LATER}", "set it to false: all weights are trained")
+
+
+def _weight_rules(config: Config) -> Iterator[Broken]:
+    weights, path = config.training.weights, ("training", "weights")
+    if weights == "float32":
+        return
+    if config.training.mixed_precision != "bf16":
+        message = f"{weights} is for mixed_precision: bf16; it is {config.training.mixed_precision}"
+        yield Broken(path, message, "set weights: float32", (("training", "mixed_precision"),))
+    optimizer = config.optimizer.type
+    if optimizer in OPTIMIZERS and not accepts(OPTIMIZERS.entry(optimizer).build, "weights"):
+        message = f"{weights} needs an optimizer that keeps such weights; {optimizer} does not"
+        yield Broken(path, message, "set weights: float32, or optimizer.type: adamw", (("optimizer", "type"),))
 
 
 # --- the data: which keys its sources read ---------------------------------------------------------------------------

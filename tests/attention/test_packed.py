@@ -13,8 +13,9 @@ from tests.attention.packed_models import COMMON, FAMILIES, LENGTH, WINDOW, mode
 from tests.plugins.reference_attention import reference_attention
 
 from truthgpt.attention.install import install_attention, transformers_attention_in
+from truthgpt.attention.masks import _kept_window_mask, _near, packed_mask
 from truthgpt.attention.probe import LEAK_TOLERANCE, PackedErrors, dense_error, packed_errors, probe_length
-from truthgpt.attention.sdpa import _kept_window_mask, _near, packed_mask, sdpa_attention
+from truthgpt.attention.sdpa import sdpa_attention
 from truthgpt.models.causal_lm import causal_lm_loss
 
 
@@ -51,7 +52,7 @@ def test_packed_logits_are_those_of_the_documents_alone(family: str) -> None:
         _, packed = causal_lm_loss(model, batch)
         with transformers_attention_in(model):
             separate = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0] for ids in alone]
-    assert torch.allclose(packed.flatten(0, 1), torch.cat(separate), atol=1e-5)
+    assert torch.allclose(packed().flatten(0, 1), torch.cat(separate), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,7 +162,7 @@ def test_layers_of_a_kind_share_one_mask_that_goes_with_the_batch(monkeypatch: p
         made.append(window)
         return packed_mask(borders, batch, length, window)
 
-    monkeypatch.setattr("truthgpt.attention.sdpa.packed_mask", counted)
+    monkeypatch.setattr("truthgpt.attention.masks.packed_mask", counted)
     model = model_of(FAMILIES["gemma3"]).eval()
     for seed in range(2):
         causal_lm_loss(model, packed_batch([[29, 31]], seed)[0])
@@ -175,7 +176,7 @@ def test_the_window_of_dense_rows_is_made_once(monkeypatch: pytest.MonkeyPatch) 
         made.append(window)
         return _near(length, window, device)
 
-    monkeypatch.setattr("truthgpt.attention.sdpa._near", counted)
+    monkeypatch.setattr("truthgpt.attention.masks._near", counted)
     _kept_window_mask.cache_clear()
     model = model_of(FAMILIES["mistral"]).eval()
     ids = torch.zeros(1, LENGTH, dtype=torch.long)

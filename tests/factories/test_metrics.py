@@ -32,5 +32,5 @@ def test_bits_per_byte_knows_every_id_of_a_vocabulary_with_gaps() -> None:
     from truthgpt.metrics.base import EvalBatch
 
     metric = METRICS.build("bits_per_byte", {}, tokenizer=tokenizer())
-    metric.update(EvalBatch(torch.tensor(1.0), torch.tensor(1), torch.tensor([[9]]), torch.zeros(1, 1, 10)))
+    metric.update(EvalBatch(torch.tensor(1.0), torch.tensor(1), torch.tensor([[9]]), lambda: torch.zeros(1, 1, 10)))
     assert metric.compute() == pytest.approx(1.4426950408889634 / 3)

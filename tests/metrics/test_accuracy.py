@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 
 def batch_of(logits: torch.Tensor, labels: torch.Tensor) -> EvalBatch:
-    return EvalBatch(torch.zeros(()), (labels != -100).sum(), labels, logits)
+    return EvalBatch(torch.zeros(()), (labels != -100).sum(), labels, lambda: logits)
 
 
 def test_by_hand() -> None:

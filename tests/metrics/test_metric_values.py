@@ -25,7 +25,7 @@ def batch_of(labels: list[list[int]], losses: list[list[float]]) -> EvalBatch:
     label_tensor = torch.tensor(labels)
     supervised = label_tensor != -100
     loss_sum = (torch.tensor(losses, dtype=torch.float32) * supervised).sum()
-    return EvalBatch(loss_sum, supervised.sum(), label_tensor, torch.zeros(*label_tensor.shape, 4))
+    return EvalBatch(loss_sum, supervised.sum(), label_tensor, lambda: torch.zeros(*label_tensor.shape, 4))
 
 
 def metrics() -> list[Metric]:
@@ -125,7 +125,8 @@ def test_only_special_tokens_cost_infinitely_many_bits() -> None:
 def test_update_reads_nothing_back() -> None:
     """Tensors on `meta` have no values: any read-back raises."""
     batch = batch_of([[0, 1]], [[1.0, 1.0]])
-    on_meta = EvalBatch(*(tensor.to("meta") for tensor in (batch.loss_sum, batch.tokens, batch.labels, batch.logits)))
+    on_device = (tensor.to("meta") for tensor in (batch.loss_sum, batch.tokens, batch.labels))
+    on_meta = EvalBatch(*on_device, lambda: batch.logits.to("meta"))
     for metric in metrics():
         metric.update(on_meta)
         metric.update(on_meta)
@@ -136,7 +137,7 @@ def test_update_reads_nothing_back() -> None:
 def test_the_callers_tensors_are_not_kept() -> None:
     metric = LossMetric()
     batch = EvalBatch(
-        torch.tensor(6.0, dtype=torch.float64), torch.tensor(3), torch.tensor([[0, 0, 0]]), torch.zeros(1, 3, 4)
+        torch.tensor(6.0, dtype=torch.float64), torch.tensor(3), torch.tensor([[0, 0, 0]]), lambda: torch.zeros(1, 3, 4)
     )
     metric.update(batch)
     batch.loss_sum.zero_()

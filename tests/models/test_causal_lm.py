@@ -78,7 +78,7 @@ def test_pretrained_weights_and_loss(folder: Path, caplog: pytest.LogCaptureFixt
     batch = batch_of(IDS)
     batch["labels"][0, :4] = -100
     loss, logits = causal_lm_loss(model, batch)
-    assert logits.shape == (2, 11, 257)
+    assert logits().shape == (2, 11, 257)
     expected = reference(input_ids=batch["input_ids"]).logits.log_softmax(-1)
     picked = expected.gather(2, batch["labels"].clamp(min=0).unsqueeze(2)).squeeze(2)
     assert loss.item() == pytest.approx(-picked[batch["labels"] != -100].sum().item(), rel=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from truthgpt.data.base import Batch
+from truthgpt.data.base import Batch, LossAndLogits
 from truthgpt.metrics.base import EvalBatch
 from truthgpt.metrics.loss import LossMetric
 from truthgpt.runtime.precision import UnscaledPrecision
@@ -33,10 +33,10 @@ class Accuracy:
         return self._right / self._all
 
 
-def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def objective(model: nn.Module, batch: Batch) -> LossAndLogits:
     logits = model(batch["input_ids"].float().unsqueeze(-1))  # (B, T, V)
     flat, labels = logits.flatten(0, 1), batch["labels"].flatten()
-    return nn.functional.cross_entropy(flat, labels, ignore_index=-100, reduction="sum"), logits
+    return nn.functional.cross_entropy(flat, labels, ignore_index=-100, reduction="sum"), lambda: logits
 
 
 def batches(sizes: tuple[int, ...]) -> list[Batch]:

@@ -14,7 +14,7 @@ import torch
 from tests.test_build import build_small_trainer, registered
 from torch import nn
 
-from truthgpt.data.base import Batch
+from truthgpt.data.base import Batch, LossAndLogits
 from truthgpt.errors import NonFiniteError, OutOfMemoryError, Preempted
 from truthgpt.factories.callbacks import CALLBACKS
 from truthgpt.factories.metrics import METRICS
@@ -120,7 +120,7 @@ def test_state_is_read_only(tmp_path: Path) -> None:
 def test_error_reaches_caller_callbacks_and_status(tmp_path: Path, recorder: Recorder) -> None:
     trainer = trainer_for(tmp_path)
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def objective(model: nn.Module, batch: Batch) -> LossAndLogits:
         if trainer.state.step == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate.\nlong story")
         return causal_lm_loss(model, batch)
@@ -248,7 +248,7 @@ def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:
 def test_guard_ends_the_run(tmp_path: Path, recorder: Recorder) -> None:
     trainer = trainer_for(tmp_path, "guards.max_consecutive_skips=1")
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def objective(model: nn.Module, batch: Batch) -> LossAndLogits:
         loss, logits = causal_lm_loss(model, batch)
         return loss * (math.nan if trainer.state.step >= 2 else 1.0), logits
 

@@ -10,10 +10,11 @@ from typing import Any
 from truthgpt.config.strict_yaml import flow
 from truthgpt.errors import Problem
 
-_IDENTITY = ("seed", "model", "data", "optimizer.type")
+_IDENTITY = ("seed", "model", "data", "optimizer.type", "training.weights")
 """What makes a run the run it is: changed on resume, the result would be neither the old run nor a new one."""
 
 _NOT_IDENTITY = (
+    "model.attention.verify",
     "model.gradient_checkpointing",
     "model.kv_cache",
     "model.memory",

@@ -34,6 +34,9 @@ class AttentionConfig(Section):
 
     backend: str = "sdpa"
     """Attention backend."""
+    verify: AutoBool = "auto"
+    """Compare the backend with transformers' own attention on the model before the first step, in the run's precision.
+    `auto`: the backends that come with this package; true: those of plugins too."""
 
 
 class KVCacheConfig(Section):
@@ -127,8 +130,11 @@ class TrainingConfig(Section):
     scheduler: Component = Component(type="cosine")
     """Learning-rate schedule after the warm-up."""
     mixed_precision: Literal["bf16", "fp16", "none"] = "bf16"
-    """Compute precision; weights stay float32. `fp16` scales the loss. Where the device lacks it,
-    falls back and says so."""
+    """Compute precision. `fp16` scales the loss. Where the device lacks it, falls back and says so."""
+    weights: Literal["float32", "bf16_master", "bf16_stochastic"] = "float32"
+    """What the weights are kept in, with `mixed_precision: bf16`. `float32`: cast for every product. `bf16_master`:
+    the model in bf16, which is faster, with a float32 copy in the optimizer. `bf16_stochastic`: bf16 alone, rounded at
+    random, for a third less memory. The last two are for the optimizer adamw."""
     early_stopping_patience: Positive | None = 2
     """Stop after this many evaluations in a row without a better `eval.select_best_by`; null: off."""
     allow_tf32: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
@@ -189,6 +189,11 @@ also `position_ids`, int64 `(B, T)`, and `cu_seq_lens`, int32 `(N + 1,)`: docume
 to `cu_seq_lens[n + 1]` of the flattened `(B * T,)` batch; the last value is repeated up to a fixed length, and no
 document crosses a row. Images: `pixel_values`, float32 `(B, C, H, W)`, and `labels`, int64 `(B,)`.
 """
+
+
+LossAndLogits = tuple[torch.Tensor, Callable[[], torch.Tensor]]
+"""What an objective gives for a micro-batch: the loss summed over its supervised labels (0-d), and what computes the
+logits when somebody asks for them."""
 
 
 class Collator(Protocol):

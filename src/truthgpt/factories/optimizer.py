@@ -1,7 +1,8 @@
 """OPTIMIZERS: what updates the weights.
 
 A builder receives parameter groups (dicts with their own `weight_decay`) and returns a `torch.optim.Optimizer`.
-`fused` reaches only a builder that names it.
+`fused`, `weights` (`training.weights`) and `seed` reach only a builder that names them; an optimizer whose builder does
+not name `weights` updates float32 weights only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from truthgpt.factories.registry import Options, Registry
 if TYPE_CHECKING:
     import torch
 
-OPTIMIZERS = Registry("optimizer", runtime=("params", "lr", "weight_decay", "fused"))
+OPTIMIZERS = Registry("optimizer", runtime=("params", "lr", "weight_decay", "fused", "weights", "seed"))
 
 Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
 """Two decay rates in [0, 1), as YAML writes them: `[0.9, 0.95]`."""
@@ -61,11 +62,32 @@ class AdafactorOptions(Options):
 
 @OPTIMIZERS.register("adamw", options=AdamWOptions)
 def build_adamw(
-    params: list[dict[str, Any]], lr: float, weight_decay: float, fused: bool, betas: list[float], eps: float
+    params: list[dict[str, Any]],
+    lr: float,
+    weight_decay: float,
+    betas: list[float],
+    eps: float,
+    fused: bool = True,
+    weights: str = "float32",
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), torch's, with its fused kernel on CPU and CUDA."""
+    """AdamW (Loshchilov and Hutter 2019): our kernel on a GPU, torch's fused one on a CPU."""
     import torch
 
+    from truthgpt.optim.adamw import AdamW
+    from truthgpt.runtime.device import has_triton
+
+    on_gpu = all(p.device.type == "cuda" for group in params for p in group["params"])
+    if weights != "float32" or (fused and on_gpu and has_triton()):
+        return AdamW(
+            params,
+            lr,
+            (betas[0], betas[1]),
+            eps,
+            weight_decay,
+            rounding="stochastic" if weights == "bf16_stochastic" else "master",
+            seed=seed,
+        )
     fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in params for p in g["params"])
     # Not False: that would also rule out the foreach kernels, the best there is without fusing.
     kernel = True if fused and fusable else None

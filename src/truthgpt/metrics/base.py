@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -13,13 +15,18 @@ class EvalBatch:
     """What one evaluated batch gives to the metrics; all tensors live on the model's device.
 
     `loss_sum` is the summed cross-entropy in nats over `tokens` supervised positions (both 0-d); `labels` is `(B, T)`
-    with -100 where nothing is supervised; `logits` is `(B, T, V)`.
+    with -100 where nothing is supervised.
     """
 
     loss_sum: torch.Tensor
     tokens: torch.Tensor
     labels: torch.Tensor
-    logits: torch.Tensor
+    compute_logits: Callable[[], torch.Tensor]
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """`(B, T, V)`; computed when a metric first asks: a large vocabulary's take more memory than the model."""
+        return self.compute_logits()
 
 
 class Metric(Protocol):

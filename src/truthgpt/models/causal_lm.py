@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from truthgpt.attention.base import packed_arguments
-from truthgpt.data.base import IGNORED_LABEL, Batch
+from truthgpt.data.base import IGNORED_LABEL, Batch, LossAndLogits
 from truthgpt.errors import ConfigError, Problem
+from truthgpt.models.linear_cross_entropy import linear_cross_entropy
+from truthgpt.models.output_head import last_hidden_states, output_head
 from truthgpt.runtime.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -122,18 +125,33 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def causal_lm_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy in nats over the supervised positions (0-d), and the logits `(B, T, V)`.
+def causal_lm_loss(model: PreTrainedModel, batch: Batch) -> LossAndLogits:
+    """Summed cross-entropy in nats over the supervised positions (0-d), and what computes the logits `(B, T, V)`.
+
+    The logits of a whole batch are never made for the loss; for a model that `head_completes_body`.
 
     No attention mask: rows are padded on the right, and a causal model never looks there; padding has no label. Packed
     rows (a batch with `cu_seq_lens`) keep their documents apart by what the model is called with.
     """
-    packed = packed_arguments(batch["position_ids"], batch["cu_seq_lens"]) if "cu_seq_lens" in batch else {}
-    logits = model(input_ids=batch["input_ids"], use_cache=False, **packed).logits
+    head = output_head(model)
+    assert head is not None  # asked before this loss was chosen
+    hidden = last_hidden_states(model, **_inputs(batch))
+    loss = linear_cross_entropy(hidden.flatten(0, 1), head, batch["labels"].flatten())
+    return loss, partial(head.logits, hidden)
+
+
+def whole_logits_loss(model: nn.Module, batch: Batch) -> LossAndLogits:
+    """`causal_lm_loss` by way of all logits, for a model whose head does more than is known."""
+    logits: torch.Tensor = model(use_cache=False, **_inputs(batch)).logits
     loss = F.cross_entropy(
         logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
     )
-    return loss, logits
+    return loss, lambda: logits
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    packed = packed_arguments(batch["position_ids"], batch["cu_seq_lens"]) if "cu_seq_lens" in batch else {}
+    return {"input_ids": batch["input_ids"], **packed}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

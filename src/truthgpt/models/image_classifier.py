@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from truthgpt.data.base import IGNORED_LABEL, Batch
+from truthgpt.data.base import IGNORED_LABEL, Batch, LossAndLogits
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.models.architecture import ModelKind, load_architecture
 from truthgpt.runtime.seeds import derive_seed
@@ -121,11 +121,11 @@ def load_image_classifier(
     return cast(PreTrainedModel, model)
 
 
-def image_classification_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy in nats over the images (0-d), and the logits `(B, C)`."""
+def image_classification_loss(model: nn.Module, batch: Batch) -> LossAndLogits:
+    """Summed cross-entropy in nats over the images (0-d), and what gives the logits `(B, C)`."""
     logits = model(pixel_values=batch["pixel_values"]).logits
     loss = F.cross_entropy(logits.float(), batch["labels"], ignore_index=IGNORED_LABEL, reduction="sum")
-    return loss, logits
+    return loss, lambda: logits
 
 
 def _usable_attention(architecture: PreTrainedConfig, attention: str) -> str:

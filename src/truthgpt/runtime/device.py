@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -107,3 +108,13 @@ def _host_memory_bytes() -> int | None:
     if not hasattr(os, "sysconf") or not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether Triton can be imported: PyTorch's CUDA builds for Linux bring it."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

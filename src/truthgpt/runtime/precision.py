@@ -33,8 +33,11 @@ class Precision(Protocol):
         """Bring the gradients back to their true size, once a step, before they are measured or clipped."""
         ...
 
-    def step(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-        """`optimizer.step()`, unless `skip` (0-d float tensor on the device) is 1.0: then nothing changes at all."""
+    def step(self, optimizer: torch.optim.Optimizer, skip: Tensor, divisor: Tensor | None = None) -> None:
+        """`optimizer.step()` on the gradients divided by `divisor`, unless `skip` is 1.0: then nothing changes at all.
+
+        Both are 0-d float tensors on the device.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -47,24 +50,29 @@ class Precision(Protocol):
 
 
 class OptimizerStep:
-    """`optimizer.step()` under a mask that lives on the device.
+    """`optimizer.step()` with a mask and a divisor of the gradients that live on the device.
 
-    Optimizers that declare `_step_supports_amp_scaling` (torch's fused ones and our own) apply the mask themselves,
-    without a host sync; for any other it is read back once a step, which is said once.
+    Optimizers that declare `_step_supports_amp_scaling` (torch's fused ones and our own) apply both themselves, in the
+    pass over the gradients that they make anyway and without a host sync; for any other the mask is read back once a
+    step, which is said once.
     """
 
     def __init__(self) -> None:
         self._said = False
 
-    def __call__(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    def __call__(self, optimizer: torch.optim.Optimizer, skip: Tensor, divisor: Tensor | None = None) -> None:
         """Step unless `skip` (0-d float tensor) is 1.0; with 1.0 parameters and optimizer state keep every bit."""
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = skip  # type: ignore[attr-defined]
+            optimizer.grad_scale = divisor  # type: ignore[attr-defined]
             try:
                 optimizer.step()
             finally:
-                del optimizer.found_inf  # type: ignore[attr-defined]
+                del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
             return
+        if divisor is not None:
+            for gradients in _gradients_by_dtype(optimizer).values():
+                torch._foreach_div_(gradients, divisor)
         if not self._said:
             self._said = True
             logger.info(
@@ -101,9 +109,9 @@ class UnscaledPrecision:
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing to do."""
 
-    def step(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, skip: Tensor, divisor: Tensor | None = None) -> None:
         """See `OptimizerStep`."""
-        self._step(optimizer, skip)
+        self._step(optimizer, skip, divisor)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty."""
@@ -164,7 +172,7 @@ class ScaledPrecision:
         for gradients in _gradients_by_dtype(optimizer).values():
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found_inf, inverse)
 
-    def step(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, skip: Tensor, divisor: Tensor | None = None) -> None:
         """Step unless `skip` is 1.0 or a gradient overflowed, then update the scale (for overflow only).
 
         Raises:
@@ -173,7 +181,7 @@ class ScaledPrecision:
         if self._found_inf is None:
             raise RuntimeError("unscale must be called before step")
         found_inf, self._found_inf = self._found_inf, None
-        self._step(optimizer, torch.maximum(found_inf, skip.to(found_inf.dtype)))
+        self._step(optimizer, torch.maximum(found_inf, skip.to(found_inf.dtype)), divisor)
         torch._amp_update_scale_(self._scale, self._growth_tracker, found_inf, 2.0, 0.5, self._growth_interval)
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,6 +223,21 @@ def choose_precision(wanted: str, device: torch.device, fallbacks: Fallbacks) ->
     if used == "fp16":
         return ScaledPrecision(device)
     return UnscaledPrecision(used, device, torch.bfloat16 if used == "bf16" else None)
+
+
+def hold_weights_in_bf16(model: torch.nn.Module, sum_in_float32: bool) -> UnscaledPrecision:
+    """Make the model's parameters bf16 in place, and give the precision that computes in their type, without autocast.
+
+    Buffers stay as they are: those of rotary embeddings need float32.
+
+    Args:
+        sum_in_float32: gradients of several micro-batches are summed up in float32, as they arrive.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+        if sum_in_float32 and parameter.requires_grad:
+            parameter.grad_dtype = torch.float32
+    return UnscaledPrecision("bf16", parameter.device, None)
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -37,10 +37,14 @@ class EMA:
 
     Args:
         decay: the decay a step that the warm-up rises to.
+        exact: gives the float32 copy that stands behind a weight in half precision, or the weight itself.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float, exact: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight
+    ) -> None:
         self._decay = decay
+        self._exact = exact
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {name: p.detach().clone().float() for name, p in self._weights.items()}
 
@@ -49,21 +53,20 @@ class EMA:
         """average = decay * average + (1 - decay) * weights, in one fused call."""
         decay = min(self._decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
-            list(self._average.values()), [w.detach().float() for w in self._weights.values()], 1 - decay
+            list(self._average.values()), [self._exact(w).detach().float() for w in self._weights.values()], 1 - decay
         )
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Swap the averaged weights into the model, without a copy, and back."""
-        self._swap()
+        """The averaged weights stand in the model, float32 ones without a copy; then its own again."""
+        own = {name: weight.data for name, weight in self._weights.items()}
+        for name, weight in self._weights.items():
+            weight.data = self._average[name].to(weight.dtype)
         try:
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for name, weight in self._weights.items():
-            weight.data, self._average[name] = self._average[name].to(weight.dtype), weight.data
+            for name, weight in self._weights.items():
+                weight.data = own[name]
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights by parameter name."""

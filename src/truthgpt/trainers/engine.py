@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from truthgpt.data.base import Batch, GlobalBatch
+from truthgpt.data.base import Batch, GlobalBatch, LossAndLogits
 from truthgpt.errors import CheckpointError, NonFiniteError
 from truthgpt.runtime.precision import Precision
 from truthgpt.runtime.seeds import seed_micro_batch
 from truthgpt.trainers.ema import WeightAverage
 from truthgpt.trainers.guards import NonFiniteGuard
 
-Objective = Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
-"""`(model, batch) -> (loss summed over the supervised tokens (0-d), logits)`."""
+Objective = Callable[[Any, Batch], LossAndLogits]
+"""`(model, batch) -> (loss sum, what computes the logits)`."""
 
 LearningRateFactor = Callable[[int], float]
 """Step (from 0) -> what the peak learning rate is multiplied by."""
@@ -92,8 +92,8 @@ class TrainEngine:
             seed_micro_batch(self._settings.seed, step, index, rank=0)
             loss_sum += self._backward(self.to_device(micro_batch), batch.tokens)
         self.precision.unscale(self.optimizer)
-        grad_norm = self._clip()
-        self.precision.step(self.optimizer, self.guard.judge(loss_sum, grad_norm))
+        grad_norm = self._gradient_norm()
+        self.precision.step(self.optimizer, self.guard.judge(loss_sum, grad_norm), self._clip(grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step + 1)
         return StepScalars(loss_sum, grad_norm)
@@ -119,12 +119,18 @@ class TrainEngine:
             return torch.autograd.set_detect_anomaly(True)
         return nullcontext()
 
-    def _clip(self) -> torch.Tensor:
-        """Global gradient norm before clipping (0-d)."""
+    @torch.no_grad()
+    def _gradient_norm(self) -> torch.Tensor:
+        """Global norm of the gradients (0-d, float32): torch's own sums up half-precision norms in half precision."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype)))
+        return norm
+
+    def _clip(self, grad_norm: torch.Tensor) -> torch.Tensor | None:
+        """What the gradients are to be divided by, so that their norm is at most `max_grad_norm` (0-d)."""
         limit = self._settings.max_grad_norm
-        if limit is None:
-            return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        return None if limit is None else ((grad_norm + 1e-6) / limit).clamp_min(1.0)
 
     def set_learning_rate(self, step: int) -> None:
         """Give every parameter group the rate of optimizer step `step` (from 0)."""

@@ -59,12 +59,12 @@ class Evaluator:
             on_device = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with self._precision.autocast():
                 loss_sum, logits = self._objective(model, on_device)
-            labels = on_device["labels"]
-            counted = (labels != IGNORED_LABEL).sum()
-            tokens += counted
-            evaluated = EvalBatch(loss_sum=loss_sum, tokens=counted, labels=labels, logits=logits)
-            for metric in self._metrics:
-                metric.update(evaluated)
+                labels = on_device["labels"]
+                counted = (labels != IGNORED_LABEL).sum()
+                tokens += counted
+                evaluated = EvalBatch(loss_sum=loss_sum, tokens=counted, labels=labels, compute_logits=logits)
+                for metric in self._metrics:
+                    metric.update(evaluated)
         return Evaluation({metric.name: metric.compute() for metric in self._metrics}, int(tokens))
 
     def score(self, evaluation: Evaluation) -> float:

@@ -1,0 +1,100 @@
+"""AdamW's update of all parameters as one Triton kernel. Imported on a GPU only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from truthgpt.optim.adamw import Slot, Step
+
+BLOCK = 2048
+WARPS = 8
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+
+def update(slots: Sequence[Slot], step: Step) -> None:
+    """Update the parameters of `slots`, which lie on one device.
+
+    One launch for each kind (types, with a float32 copy or without): the kernel finds its tensors by their addresses,
+    so that the hundreds of small ones of a model cost no launch each.
+    """
+    kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[Slot]] = {}
+    for slot in slots:
+        kinds.setdefault((slot.parameter.dtype, slot.gradient.dtype, slot.master is not None), []).append(slot)
+    for (dtype, gradient_dtype, has_master), members in kinds.items():
+        device = members[0].parameter.device
+        table, blocks = _table(members, device)
+        with torch.cuda.device(device):
+            _adamw[(blocks,)](
+                table, len(members), step.corrections, step.skip, step.scale,
+                step.lr, step.beta1, step.beta2, step.eps, step.weight_decay, step.noise_seed, members[0].step,
+                DTYPE=_TYPES[dtype], GRADIENT_DTYPE=_TYPES[gradient_dtype], HAS_MASTER=has_master,
+                STOCHASTIC=step.stochastic and dtype == torch.bfloat16,
+                TENSORS=triton.next_power_of_2(len(members)), BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
+
+
+def _table(slots: Sequence[Slot], device: torch.device) -> tuple[torch.Tensor, int]:
+    """What the kernel knows of its tensors, int64 `(8, tensors)` on the device, and the number of blocks.
+
+    Rows: addresses of weight, gradient, the two averages and the float32 copy (0: none), number of weights, first
+    block, and weights of the optimizer before this parameter.
+    """
+    rows: list[list[int]] = []
+    blocks = 0
+    for slot in slots:
+        master = 0 if slot.master is None else slot.master.data_ptr()
+        tensors = (slot.parameter, slot.gradient, slot.exp_avg, slot.exp_avg_sq)
+        rows.append([*(tensor.data_ptr() for tensor in tensors), master, slot.parameter.numel(), blocks, slot.place])
+        blocks += -(-slot.parameter.numel() // BLOCK)
+    table = torch.tensor(rows, dtype=torch.int64).T.contiguous().pin_memory()
+    return table.to(device, non_blocking=True), blocks
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _adamw(  # type: ignore[no-untyped-def]
+    table, tensors, corrections, skip, scale, lr, beta1, beta2, eps, weight_decay, noise_seed, steps,
+    DTYPE: tl.constexpr, GRADIENT_DTYPE: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    TENSORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(skip) != 0:
+        return
+    block = tl.program_id(0)
+    numbers = tl.arange(0, TENSORS)
+    firsts = tl.load(table + 6 * tensors + numbers, mask=numbers < tensors, other=2147483647)
+    tensor = tl.sum((firsts <= block).to(tl.int32)) - 1
+    row = table + tensor
+    weight = tl.load(row).to(tl.pointer_type(DTYPE))
+    gradient = tl.load(row + tensors).to(tl.pointer_type(GRADIENT_DTYPE))
+    exp_avg = tl.load(row + 2 * tensors).to(tl.pointer_type(tl.float32))
+    exp_avg_sq = tl.load(row + 3 * tensors).to(tl.pointer_type(tl.float32))
+    master = tl.load(row + 4 * tensors).to(tl.pointer_type(tl.float32))
+    size = tl.load(row + 5 * tensors)
+    places = (block - tl.load(row + 6 * tensors)) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < size
+
+    source = master if HAS_MASTER else weight
+    values = tl.load(source + places, mask=inside).to(tl.float32)
+    g = tl.load(gradient + places, mask=inside).to(tl.float32) / tl.load(scale)
+    m = tl.load(exp_avg + places, mask=inside)
+    v = tl.load(exp_avg_sq + places, mask=inside)
+    m += (g - m) * (1 - beta1)
+    v = v * beta2 + g * g * (1 - beta2)
+    denominator = tl.sqrt(v) / tl.load(corrections + 1) + eps
+    values = values * (1 - lr * weight_decay) - lr / tl.load(corrections) * m / denominator
+    tl.store(exp_avg + places, m, mask=inside)
+    tl.store(exp_avg_sq + places, v, mask=inside)
+    if HAS_MASTER:
+        tl.store(master + places, values, mask=inside)
+    if STOCHASTIC:
+        # As in `adamw.round_stochastically`: noise below the last bit that bf16 keeps carries over into it.
+        seed = noise_seed + tl.load(steps).to(tl.int64) * 1000003
+        noise = tl.randint(seed, (tl.load(row + 7 * tensors) + places).to(tl.int32)) & 0xFFFF
+        bits = (values.to(tl.int32, bitcast=True) + noise) & 0xFFFF0000
+        values = bits.to(tl.float32, bitcast=True)
+    tl.store(weight + places, values.to(DTYPE), mask=inside)
