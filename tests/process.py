@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -17,28 +18,38 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = [
-    "tests.process",
-    "truthgpt.build_trainer",
-    "truthgpt.cli.app",
-    "truthgpt.load_model",
-    "transformers.generation",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.llama.modeling_llama",
-    "torch._dynamo",
+    *("tests.process", "tests.warm_up", "torch._dynamo", "torch.utils.serialization.config"),
+    *("transformers.generation", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"),
+    *("transformers.models.auto.image_processing_auto", "transformers.models.vit.modeling_vit"),
+    *("datasets", "datasets.packaged_modules.json.json", "datasets.packaged_modules.csv.csv", "pandas", "webdataset"),
+    *("PIL.Image", "PIL.PngImagePlugin", "zstandard"),
+    *("encodings.utf_8_sig", "pydantic.type_adapter", "typer._adapters", "typer._click.decorators"),
+    *("truthgpt.attention.sdpa", "truthgpt.build_trainer", "truthgpt.callbacks.print_logger", "truthgpt.cli.app"),
+    *("truthgpt.callbacks.progress_bar", "truthgpt.data.hf_source", "truthgpt.data.image_collate"),
+    *("truthgpt.data.image_folder", "truthgpt.data.jsonl_source", "truthgpt.data.webdataset_source"),
+    *("truthgpt.inspect_data", "truthgpt.kv_cache.none", "truthgpt.load_model", "truthgpt.memory.static"),
+    *("truthgpt.metrics.accuracy", "truthgpt.metrics.perplexity", "truthgpt.optim.schedules"),
+    *("truthgpt.runtime.run_log", "truthgpt.validate_config"),
 ]
+"""What commands import; one that is not installed is passed over."""
 TIMEOUT_S = 120.0
 
+_ROOT = str(Path(__file__).parents[1])
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended; a negative exit code is the signal that killed it."""
+    """How a command ended; a negative exit code is the signal that killed it.
+
+    `grown_bytes` is by how much it raised the peak memory of its process; 0 where that is not known.
+    """
 
     exit_code: int
     stdout: str
     stderr: str
+    grown_bytes: int = 0
 
     @property
     def json(self) -> Any:
@@ -63,17 +74,21 @@ class Cli:
         self._runs += 1
         outputs = (self.folder / f".stdout{self._runs}", self.folder / f".stderr{self._runs}")
         environment = {**os.environ, **(env or {})}
-        process = _context.Process(target=_child, args=(list(arguments), str(self.folder), outputs, environment))
+        grown_bytes = _context.Value("q", 0, lock=False)
+        arguments_of_child = (list(arguments), str(self.folder), outputs, environment, grown_bytes)
+        process = _context.Process(target=_child, args=arguments_of_child)
+        _start_server()
         process.start()
-        return Running(process, outputs)
+        return Running(process, outputs, grown_bytes)
 
 
 class Running:
     """A command that was started."""
 
-    def __init__(self, process: Any, outputs: tuple[Path, Path]) -> None:
+    def __init__(self, process: Any, outputs: tuple[Path, Path], grown_bytes: Any) -> None:
         self._process = process
         self._outputs = outputs
+        self._grown_bytes = grown_bytes
 
     @property
     def pid(self) -> int:
@@ -88,10 +103,31 @@ class Running:
             self._process.join()
             raise AssertionError(f"still running after {timeout_s} s; stderr so far:\n{self._outputs[1].read_text()}")
         stdout, stderr = (path.read_text() for path in self._outputs)
-        return Finished(self._process.exitcode, stdout, stderr)
+        return Finished(self._process.exitcode, stdout, stderr, self._grown_bytes.value)
 
 
-def _child(arguments: Sequence[str], folder: str, outputs: tuple[Path, Path], environment: Mapping[str, str]) -> None:
+def _start_server() -> None:
+    """Start the server if there is none; what it imports of the tests it must find from any working directory."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = _ROOT if before is None else os.pathsep.join((_ROOT, before))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _child(
+    arguments: Sequence[str],
+    folder: str,
+    outputs: tuple[Path, Path],
+    environment: Mapping[str, str],
+    grown_bytes: Any,
+) -> None:
+    # The system's own, as for a user: else loader processes would come from yet another server, which takes 3.5 s.
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -105,7 +141,20 @@ def _child(arguments: Sequence[str], folder: str, outputs: tuple[Path, Path], en
     torch.set_num_threads(1)
     from truthgpt.cli.app import main
 
-    main(list(arguments))
+    before = _peak_memory_bytes()
+    try:
+        main(list(arguments))
+    finally:
+        grown_bytes.value = _peak_memory_bytes() - before
+
+
+def _peak_memory_bytes() -> int:
+    """Of this process, as Linux tells it; elsewhere 0."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
 def block_network() -> None:

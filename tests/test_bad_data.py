@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import multiprocessing
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,19 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from tests.process import PRELOAD, Cli
+from tests.process import Cli
 from tests.sample_data import BASE, CHAT_TEMPLATE, write_config
 from tests.test_bad_input import refused
 from truthgpt.runtime.run_directory import is_run_directory
-
-READING = [
-    *("datasets", "datasets.packaged_modules.json.json", "datasets.packaged_modules.csv.csv", "pandas", "webdataset"),
-    *("PIL.Image", "zstandard", "truthgpt.attention.sdpa", "truthgpt.data.hf_source", "truthgpt.data.jsonl_source"),
-    *("truthgpt.data.webdataset_source", "truthgpt.inspect_data", "truthgpt.validate_config"),
-]
-"""What the commands here import: anew it would cost each of them up to a second."""
-forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload([*PRELOAD, *READING])  # the one server that `Cli` forks from as well
 
 LONG, SHOWN = "0123456789" * 8, 60
 
@@ -45,6 +35,11 @@ def tar(*members: tuple[str, bytes]) -> bytes:
 
 def tar_of_lines(lines: bytes) -> bytes:
     return tar(*((f"{number}.json", line) for number, line in enumerate(lines.splitlines()) if line.strip()))
+
+
+def array_of_lines(lines: bytes) -> bytes:
+    """Every line on the same line of the array."""
+    return b"[" + b",\n".join(lines.splitlines()) + b"]\n"
 
 
 def parquet(**columns: Any) -> bytes:
@@ -67,22 +62,24 @@ class Reader:
         return (f"data.source={self.source}", f"data.path={self.file}", *more)
 
 
-def _lines(suffix: str, pack: Callable[[bytes], bytes]) -> Reader:
+def _lines(source: str, suffix: str, pack: Callable[[bytes], bytes]) -> Reader:
     place = f"rows.jsonl{suffix}:{{line}}:{{column}}: "
-    return Reader("jsonl", f"rows.jsonl{suffix}", pack, place, place)
+    return Reader(source, f"rows.jsonl{suffix}", pack, place, place)
 
 
+TAR_PLACE = "rows.tar:{row}.json:1:{column}: "
 READERS = {
-    "jsonl": _lines("", bytes),
-    "gz": _lines(".gz", gzip.compress),
-    "zst": _lines(".zst", zstandard.ZstdCompressor().compress),
-    "webdataset": Reader("webdataset", "rows.tar", tar_of_lines, "rows.tar:{row}.json:1:{column}: ", "rows.tar:{row}"),
-    "hf": Reader("hf", "rows.jsonl", bytes, "rows.jsonl[train]: ", "rows.jsonl[train] row {row}: "),
+    "jsonl": _lines("jsonl", "", bytes),
+    "gz": _lines("jsonl", ".gz", gzip.compress),
+    "zst": _lines("jsonl", ".zst", zstandard.ZstdCompressor().compress),
+    "webdataset": Reader("webdataset", "rows.tar", tar_of_lines, TAR_PLACE, TAR_PLACE),
+    "hf": _lines("hf", "", bytes),
+    "array": Reader("hf", "rows.json", array_of_lines, "rows.json:{line}:{column}: ", "rows.json[train] row {row}: "),
 }
-OURS = [name for name in READERS if name != "hf"]
+OURS = [name for name in READERS if name != "array"]
 each_reader = pytest.mark.parametrize("name", READERS)
 WAYS = [
-    *((name, streaming) for name in ("jsonl", "webdataset", "hf") for streaming in (False, True)),
+    *((name, streaming) for name in ("jsonl", "webdataset", "hf", "array") for streaming in (False, True)),
     *(("gz", False), ("zst", True)),  # one reader: the archive is behind it
 ]
 each_way = pytest.mark.parametrize(("name", "streaming"), WAYS)
@@ -117,7 +114,7 @@ MALFORMED: dict[str, tuple[str | bytes, int, str]] = {
 """Row 2, the column at fault and the reason."""
 
 
-@pytest.mark.parametrize(("name", "streaming"), [way for way in WAYS if way[0] != "hf"])
+@pytest.mark.parametrize(("name", "streaming"), [way for way in WAYS if way[0] in OURS])
 @pytest.mark.parametrize("mistake", MALFORMED)
 def test_malformed_line(cli: Cli, mistake: str, name: str, streaming: bool) -> None:
     reader, (row, column, reason) = READERS[name], MALFORMED[mistake]
@@ -130,12 +127,25 @@ def test_malformed_line(cli: Cli, mistake: str, name: str, streaming: bool) -> N
     refused_unstarted(cli, streaming, reader.arguments(), f"error: {place}{reason.format(byte=byte)}", fix)
 
 
+IN_ARRAY = {
+    **{mistake: MALFORMED[mistake] for mistake in ("value", "no object", "not UTF-8")},
+    "trailing": (*MALFORMED["trailing"][:2], "not valid JSON: Expecting ',' delimiter"),
+    "cut": ('{"text": "to be', 17, "not valid JSON: Invalid control character at"),
+}
+
+
 @both_ways
-@pytest.mark.parametrize("mistake", MALFORMED)
-def test_malformed_line_that_the_datasets_library_meets(cli: Cli, mistake: str, streaming: bool) -> None:
-    row = MALFORMED[mistake][0]
-    write(cli, {"rows.jsonl": GOOD + (row if isinstance(row, bytes) else row.encode())})
-    refused_unstarted(cli, streaming, READERS["hf"].arguments(), "error: rows.jsonl[train]: cannot be read: ")
+@pytest.mark.parametrize("mistake", IN_ARRAY)
+def test_malformed_line_of_an_array(cli: Cli, mistake: str, streaming: bool) -> None:
+    """The `datasets` library reads it, whatever `on_bad_row` says; the place is ours."""
+    reader, (row, column, reason) = READERS["array"], IN_ARRAY[mistake]
+    line = row if isinstance(row, bytes) else row.encode()
+    content = reader.pack(GOOD + line + b"\n" + GOOD)
+    write(cli, {reader.file: content}, on_bad_row="skip")
+    place = reader.line_place.format(line=2, column=column) + reason.format(byte=content.find(b"\xe9"))
+    excerpt = repr(content.splitlines()[1].decode(errors="replace")[:SHOWN])
+    fix = f": {excerpt}; correct the line, or give the rows as JSON Lines in data.path"
+    refused_unstarted(cli, streaming, reader.arguments(), f"error: {place}", fix)
 
 
 FIELDS = {
@@ -150,7 +160,7 @@ FIELDS = {
 @pytest.mark.parametrize("mistake", FIELDS)
 def test_field_of_another_type(cli: Cli, mistake: str, name: str, streaming: bool) -> None:
     reader, (row, column, reason) = READERS[name], FIELDS[mistake]
-    if name == "hf" and mistake == "missing":  # Arrow gives every row every field
+    if name == "array" and mistake == "missing":  # Arrow gives every row every field
         row, reason = '{"text": null}', "field 'text' must be a string, found null: "
     write(cli, {reader.file: reader.pack(GOOD + row.encode())})
     place = reader.field_place.format(line=2, row=1, column=column)
@@ -172,7 +182,7 @@ CHATS: dict[str, tuple[Any, str]] = {
 CHAT = {"format": "chat", "chat_template": CHAT_TEMPLATE, "train_on": "assistant"}
 
 
-@pytest.mark.parametrize("name", ["jsonl", "webdataset", "hf"])
+@pytest.mark.parametrize("name", ["jsonl", "webdataset", "hf", "array"])
 @pytest.mark.parametrize("mistake", CHATS)
 def test_chat_of_another_shape(cli: Cli, mistake: str, name: str) -> None:
     """Streaming is the same reader of rows; every second mistake is streamed."""
@@ -193,8 +203,9 @@ TABLES: dict[str, tuple[str, bytes, str]] = {
     "csv null": ("rows.csv", b"text,n\na,1\n,2\n", "[train] row 1: field 'text' must be a string, found null"),
     "csv number": ("rows.csv", b"text\n1\n", "[train] row 0: field 'text' must be a string, found a number"),
     "csv missing": ("rows.csv", b"body\na\n", "no field 'text', the row"),
-    "csv ragged": ("rows.csv", b"text,n\na,1\nb,2,3\n", "[train]: cannot be read: Error tokenizing data"),
-    "csv not UTF-8": ("rows.csv", b"text\ncaf\xe9\n", "[train]: cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+    "csv ragged": ("rows.csv", b"text,n\na,1\nb,2,3\n", ":3:1: 3 fields, the rows above have 2: 'b,2,3'; correct"),
+    "csv quotes": ("rows.csv", b'text,n\na,1\n"b,2\nc,3\n', ":3:1: the row has a quotation mark that is never closed:"),
+    "csv not UTF-8": ("rows.csv", b"text\ncaf\xe9\n", ":2:4: not UTF-8 at byte 8 of the file"),
     "csv empty": ("rows.csv", b"", "[train]: cannot be read: No columns to parse from file"),
 }
 
@@ -235,14 +246,29 @@ def test_nothing_to_stream(cli: Cli, case: str) -> None:
     """Never a success of no steps."""
     files, arguments = NOTHING[case]
     write(cli, files)
-    finished = cli("train", "base.yaml", *arguments, "data.streaming=true")
-    refused(finished, 3, f"0 usable documents in {next(iter(files)).split('/')[0]}", "data.path")
-    assert not (cli.folder / "runs/t/checkpoints").exists()
+    phrase = f"error: 0 usable documents in {next(iter(files)).split('/')[0]}"
+    refused_unstarted(cli, True, arguments, phrase, "0 documents read", "data.path")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_nothing_to_stream_in_one_of_two_sources(cli: Cli, num_workers: int) -> None:
+    """The other one alone would be enough to train on."""
+    sources = [{"source": "jsonl", "path": path, "weight": 1} for path in ("good.jsonl", "empty.jsonl")]
+    data = {"validation_fraction": 0, "num_workers": num_workers}
+    write(cli, {"good.jsonl": GOOD, "empty.jsonl": b'{"text": " "}\n'}, sources=sources, **data)
+    refused_unstarted(cli, True, (), "error: 0 usable documents in empty.jsonl, read to the end: 0 documents read")
+    write(cli, {"empty.jsonl": GOOD}, sources=sources, **data)
+    finished = cli("train", "base.yaml", "data.streaming=true", "training.max_steps=1")
+    assert finished.exit_code == 0, finished.stderr
 
 
 EMPTY_FILES: dict[str, tuple[dict[str, bytes], tuple[str, ...]]] = {
-    "hf, blank jsonl": ({"rows.jsonl": b"\n \n"}, READERS["hf"].arguments()),
-    "hf, blank jsonl, stream": ({"rows.jsonl": b"\n \n"}, READERS["hf"].arguments("data.streaming=true")),
+    "hf, blank jsonl": ({"rows/train.jsonl": b"\n \n"}, ("data.source=hf", "data.dataset=rows")),
+    "hf, blank jsonl, stream": (
+        {"rows/train.jsonl": b"\n \n"},
+        ("data.source=hf", "data.dataset=rows", "data.streaming=true"),
+    ),
+    "hf, empty array": ({"rows.json": b"[]"}, READERS["array"].arguments()),
     "hf, csv of a header": ({"rows.csv": b"text\n"}, ("data.source=hf", "data.path=rows.csv")),
     "hf, parquet without rows": (
         {"rows.parquet": parquet(text=pa.array([], pa.string()))},
@@ -255,16 +281,14 @@ EMPTY_FILES: dict[str, tuple[dict[str, bytes], tuple[str, ...]]] = {
 def test_nothing_to_train_on_names_the_file(cli: Cli, case: str) -> None:
     files, arguments = EMPTY_FILES[case]
     write(cli, files)
-    refused_unstarted(cli, False, arguments, f"0 usable documents in {next(iter(files))}")
+    refused_unstarted(cli, False, arguments, f"0 usable documents in {next(iter(files)).split('/')[0]}")
 
 
 @each_way
 def test_overlong_rows_all_dropped(cli: Cli, name: str, streaming: bool) -> None:
     files, arguments = files_of(name, GOOD * 3)
     write(cli, files, max_seq_len=4, overlong="drop")
-    stream = ("data.streaming=true",) if streaming else ()
-    refused(cli("train", "base.yaml", *arguments, *stream), 3, "0 usable ", "3 longer" if streaming else "of 3: 3 are")
-    assert not (cli.folder / "runs/t/checkpoints").exists()
+    refused_unstarted(cli, streaming, arguments, "0 usable ", "3 longer" if streaming else "of 3: 3 are")
 
 
 @each_reader
@@ -282,7 +306,7 @@ def test_fewer_rows_than_a_batch(cli: Cli, name: str) -> None:
     assert finished.exit_code == 0 and finished.json["step"] == 2, finished.stderr
 
 
-BAD_ROW = {"jsonl": b"{\n", "gz": b"{\n", "zst": b"{\n", "webdataset": b"{\n", "hf": b'{"text": null}\n'}
+BAD_ROW = {**dict.fromkeys(OURS, b"{\n"), "array": b'{"text": null}\n'}
 
 
 @each_reader
@@ -324,14 +348,15 @@ def spelt_otherwise(content: bytes) -> bytes:
 
 
 @both_ways
-@pytest.mark.parametrize("name", ["text", "txt members", "csv", *READERS])
+@pytest.mark.parametrize("name", ["text", "txt members", "csv", "array", *OURS])
 def test_bytes_that_change_no_token(cli: Cli, name: str, streaming: bool) -> None:
     """Byte-order mark, CRLF and a missing last line end; what stands inside a document is never touched."""
     packs: dict[str, tuple[str, str, Callable[[bytes], bytes], bytes]] = {
         "text": ("text", "a.txt", bytes, PLAIN + b"end"),
         "txt members": ("webdataset", "a.tar", lambda text: tar(("0.txt", text)), PLAIN + b"end"),
         "csv": ("hf", "a.csv", bytes, b"text\n" + PLAIN),
-        **{key: (reader.source, reader.file, reader.pack, LINES) for key, reader in READERS.items()},
+        "array": ("hf", "a.json", bytes, array_of_lines(LINES)),
+        **{key: (READERS[key].source, READERS[key].file, READERS[key].pack, LINES) for key in OURS},
     }
     source, file, pack, content = packs[name]
     arguments = (f"data.source={source}", f"data.path={file}", f"data.streaming={str(streaming).lower()}")
@@ -342,7 +367,7 @@ def test_bytes_that_change_no_token(cli: Cli, name: str, streaming: bool) -> Non
     assert inspected(cli, arguments)[0] == expected
 
 
-@pytest.mark.parametrize("name", ["text", *READERS])
+@pytest.mark.parametrize("name", ["text", *OURS])
 def test_nul_and_half_a_surrogate_pair(cli: Cli, name: str) -> None:
     if name == "text":
         write(cli, {"a.txt": b"one\0two\r\r\n"}, validation_fraction=0)
@@ -353,9 +378,6 @@ def test_nul_and_half_a_surrogate_pair(cli: Cli, name: str) -> None:
     assert inspected(cli, arguments)[0] == [["a", "\0", "b", "<|endoftext|>"]]
     files, arguments = files_of(name, b'{"text": "a\\ud800b"}\n')
     write(cli, files, validation_fraction=0)
-    if name == "hf":
-        refused_unstarted(cli, False, arguments, "rows.jsonl[train]: cannot be read: ", "surrogate")
-        return
     tokens, said = inspected(cli, arguments)
     assert len(tokens[0]) == len("a\ufffdb".encode()) + 1
     assert "unpaired surrogates in 1 texts became U+FFFD" in said
@@ -379,11 +401,12 @@ def test_no_file_there(cli: Cli, source: str) -> None:
     assert not is_run_directory(cli.folder / "runs/t")
 
 
-def test_refusal_leaves_the_directory_as_fresh_as_before(cli: Cli) -> None:
+@both_ways
+def test_refusal_leaves_the_directory_as_fresh_as_before(cli: Cli, streaming: bool) -> None:
     """And one token with its end of text is the least that can be trained on."""
     write(cli, {"a.txt": b""})
-    refused_unstarted(cli, False, TEXT, "0 usable documents in a.txt")
-    write(cli, {"a.txt": b"a"})
+    refused_unstarted(cli, streaming, TEXT, "0 usable documents in a.txt")
+    write(cli, {"a.txt": b"a"}, streaming=streaming)
     finished = cli("train", "base.yaml", *TEXT, "training.max_steps=1")
     assert finished.exit_code == 0, finished.stderr
 

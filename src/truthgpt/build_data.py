@@ -28,7 +28,7 @@ from truthgpt.data.loader import EvalLoader, GlobalBatchLoader, WorkerSettings
 from truthgpt.data.packing import PackedDataset, compare_filling
 from truthgpt.data.samples import BlockDataset, ConcatenatedDataset, RowDataset
 from truthgpt.data.split import DocumentSet
-from truthgpt.data.stream import WeightedStream
+from truthgpt.data.stream import WeightedStream, require_sample
 from truthgpt.data.stream_loader import StreamLoader
 from truthgpt.data.stream_samples import StreamSettings
 from truthgpt.data.token_store import TokenStore, default_cache_dir, tokenize_documents
@@ -86,7 +86,10 @@ def build_train_loader(
     if streams:
         encoder = DocumentEncoder(tokenizer, len(tokenizer))
         settings = _stream_settings(config, tokenizer, plan, packed)
-        return StreamLoader(streams, encoder, collate, settings, config.seed, workers, pin_memory)
+        loader = StreamLoader(streams, encoder, collate, settings, config.seed, workers, pin_memory)
+        for stream in streams:
+            require_sample(stream, encoder, settings)
+        return loader
     datasets = [
         _samples(config, store, part.train, part.layout, tokenizer, packed)
         for part, store in zip(data.parts, text.stores, strict=True)

@@ -122,11 +122,12 @@ def _stream_part(data: DataConfig, name: str, weight: float | None) -> TextPart:
     if not isinstance(source, StreamSource):
         message = f"true, and data source {data.source.type} cannot be read while training"
         raise ConfigError([Problem(key="data.streaming", message=message, suggestion="set it to false")])
-    validation, fraction = validation_source(data), 0.0
-    if validation is None and data.validation_fraction > 0:
-        validation = hold_out(source, data.validation_fraction)
-        fraction = 0.0 if validation is None else data.validation_fraction
-    documents = None if validation is None else split_documents(validation, 0.0, None, default_cache_dir()).train
+    own, fraction = validation_source(data), 0.0
+    if own is not None:
+        documents: DocumentSet | None = split_documents(own, 0.0, None, default_cache_dir()).train
+    else:
+        documents = hold_out(source, data.validation_fraction, default_cache_dir())
+        fraction = 0.0 if documents is None else data.validation_fraction
     stream = WeightedStream(name, source, 1.0 if weight is None else weight, fraction)
     return TextPart(stream, documents, source.layout, weight)
 

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import pytest
 
 from truthgpt.data.base import IdentifiedSource, Source
+from truthgpt.data.jsonl_source import JsonlSource
+from truthgpt.data.rows import BadRowPolicy, RowFields
 from truthgpt.data.stream_holdout import HoldoutSource, held_out, hold_out
+from truthgpt.errors import DataError
 
 from .stream_fakes import ListStream, doc, numbered, rest_of_pass, sample_stream, settings
 
@@ -13,8 +18,8 @@ from .stream_fakes import ListStream, doc, numbered, rest_of_pass, sample_stream
 class IdentifiedStream(ListStream):
     """A stream that knows its documents without reading them."""
 
-    def __init__(self, name: str | None) -> None:
-        super().__init__([numbered(3)])
+    def __init__(self, name: str | None, count: int = 3) -> None:
+        super().__init__([numbered(count)])
         self.name = name
 
     def documents(self) -> object:
@@ -92,20 +97,40 @@ def test_identity() -> None:
     assert holdout.identity() == HoldoutSource(IdentifiedStream("files"), 0.5).identity()
 
 
-def test_nothing_held_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_held_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = ListStream([numbered(5)])
     with caplog.at_level(logging.WARNING):
-        assert hold_out(source, 0.0) is None
+        assert hold_out(source, 0.0, tmp_path) is None
         assert caplog.records == []
         assert source.documents_read == 0
-        assert hold_out(source, 1e-9, max_documents=4) is None
+        assert hold_out(source, 1e-9, tmp_path, max_documents=4) is None
     (record,) = caplog.records
     assert record.getMessage().startswith("none of the first 4 documents of the stream is held out")
 
 
-def test_something_held_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_something_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = ListStream([numbered(500)])
-    holdout = hold_out(source, 0.5)
-    assert holdout is not None
-    assert source.documents_read < 50, "it stops at the first document that is held out"
+    validation = hold_out(source, 0.5, tmp_path)
+    assert source.documents_read == 500, "it reads them once, to count them"
+    assert validation is not None
+    assert list(validation) == list(HoldoutSource(source, 0.5).documents())
     assert caplog.records == []
+
+
+def test_a_known_stream_is_not_read_again(tmp_path: Path) -> None:
+    """The holding out of 1,000 documents has an identity, and an index in the cache from the first time on."""
+    assert hold_out(IdentifiedStream("files", 1000), 0.1, tmp_path) is not None
+    source = IdentifiedStream("files", 1000)
+    validation = hold_out(source, 0.1, tmp_path)
+    assert validation is not None and 50 < len(validation) < 150
+    assert source.documents_read == 0
+
+
+def test_rows_are_counted_once_before_training(tmp_path: Path) -> None:
+    """The first of 1,060 rows to be malformed is row 1,050, far behind the first one that is held out."""
+    lines = [json.dumps({"text": f"row {number}"}) for number in range(1049)] + ["{"] * 40
+    (tmp_path / "rows.jsonl").write_text("".join(line + "\n" for line in lines))
+    fields = RowFields("text", "text", "prompt", "completion", "messages", "all")
+    source = JsonlSource([str(tmp_path)], fields, BadRowPolicy("skip", max_bad_fraction=0.01))
+    with pytest.raises(DataError, match="jsonl:1060:2: 11 of 1060 rows are malformed, more than"):
+        hold_out(source, 0.005, tmp_path / "cache")

@@ -20,6 +20,8 @@ from truthgpt.data.collate import LMCollator, PackedCollator
 from truthgpt.data.jsonl_source import JsonlSource
 from truthgpt.data.loader_processes import WorkerSettings
 from truthgpt.data.rows import BadRowPolicy, RowFields
+from truthgpt.data.stream import require_sample
+from truthgpt.data.stream_holdout import held_out
 from truthgpt.data.stream_loader import StreamLoader, StreamSettings, WeightedStream
 from truthgpt.errors import DataError
 
@@ -224,6 +226,54 @@ def test_an_error_keeps_its_message(num_workers: int) -> None:
     with pytest.raises(DataError) as caught:
         take(loader, 1)
     assert str(caught.value).startswith("file:aaaaaaaaa: 9 tokens, data.max_seq_len is 8;")
+
+
+LONG, PROMPT = doc("a" * 20), doc("b" * 20, trained=False)
+"""A row that `overlong: drop` leaves out, and one of which only a prompt is left where it is cut."""
+
+
+@pytest.mark.parametrize(
+    ("shards", "changes", "documents_read"),
+    [
+        ([numbered(9)], {}, 1),
+        ([[], [LONG, LONG], [LONG, *numbered(9)]], {"overlong": "drop"}, 4),
+        ([[PROMPT], [PROMPT, *numbered(9)]], {"overlong": "truncate"}, 3),
+        ([[LONG, *numbered(9)]], {"packing": True, "overlong": "split"}, 1),
+    ],
+    ids=["first", "dropped", "untrained", "split"],
+)
+def test_a_stream_is_read_up_to_its_first_sample(
+    shards: list[list[Document]], changes: dict[str, object], documents_read: int
+) -> None:
+    source = ListStream(shards)
+    shape = settings(8, **changes)
+    require_sample(WeightedStream("fake", source), ENCODER, shape)
+    assert source.documents_read == documents_read
+    expected = take(loader_of([WeightedStream("fake", ListStream(shards))], shape), 5)
+    assert take(loader_of([WeightedStream("fake", source)], shape), 5) == expected, "it changes nothing"
+
+
+def test_the_first_sample_is_of_a_training_document() -> None:
+    documents = numbered(30)
+    first = next(number for number, document in enumerate(documents, start=1) if not held_out(document.key, 0.9))
+    assert first > 2
+    for layout in ("rows", "stream"):
+        source = ListStream([documents], layout)  # type: ignore[arg-type]
+        require_sample(WeightedStream("fake", source, held_out=0.9), ENCODER, settings())
+        assert source.documents_read == first
+
+
+@pytest.mark.parametrize("layout", ["rows", "stream"])
+def test_a_stream_without_a_sample_is_refused(layout: Literal["stream", "rows"]) -> None:
+    for shards, share, changes, found in (
+        ([[], []], 0.0, {}, "0 documents read, 0 held out"),
+        ([numbered(3)], 1.0, {}, "0 documents read, 3 held out"),
+        ([[LONG, LONG]], 0.0, {"packing": True, "overlong": "drop"}, "2 documents read, 0 held out .*, 2 longer than"),
+        ([[PROMPT]], 0.0, {"packing": True}, "1 documents read, .*, 1 samples without a token the loss counts"),
+    ):
+        stream = WeightedStream("fake", ListStream(shards, layout), held_out=share)
+        with pytest.raises(DataError, match=f"^0 usable documents in shard 0.*: {found}"):
+            require_sample(stream, ENCODER, settings(8, **changes))  # type: ignore[arg-type]
 
 
 def test_a_killed_process_is_named() -> None:

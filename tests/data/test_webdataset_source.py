@@ -152,14 +152,47 @@ def test_bad_rows_name_member_line_and_column(tmp_path: Path) -> None:
     assert message("k.json", b'{"text": "\n\xff"}').startswith("k.json:2:1: not UTF-8 at byte 11")
     assert message("k.json", b"[1]").startswith("k.json:1:1: a row must be a JSON object, found a list")
     assert message("k.json", b'{"text": null}') == (
-        "k: field 'text' must be a string, found null: '{\"text\": null}'" + fix
+        "k.json:1:2: field 'text' must be a string, found null: '{\"text\": null}'" + fix
     )
-    assert message("k.json", b'{"other": 1}').startswith(
-        "k: no field 'text', the row has 'other' (set data.text_field)"
+    assert message("k.json", b'{"other": 1}') == (
+        "k.json:1:1: no field 'text', the row has 'other' (set data.text_field): '{\"other\": 1}'" + fix
     )
     assert message("k.txt", b"ab\xff" + b"c" * 100).startswith("k.txt: not UTF-8 at byte 2 (invalid start byte): 'ab")
     assert len(message("k.txt", b"ab\xff" + b"c" * 1000)) < 200
     assert message("k.npy", b"x") == "k: no .json or .txt member stands beside: '.npy'" + fix
+
+
+@pytest.mark.parametrize(
+    ("member", "place"),
+    [
+        (b'{"n": 1,\n "text": 3}', "2:2"),
+        (b'\xef\xbb\xbf{"\xc3\xa9": "\xc3\xa9", "text": 3}', "1:12"),
+        (b'\n{ "text" :\t3, "kind": "text", "more": {"text": "\\"text\\": "}}', "2:3"),
+        (b'{"other": {"text": [1, {"text": 2}]}, "\\u0074ext"\n: [3], "last": "text"}', "1:39"),
+    ],
+    ids=["line", "characters", "later values", "earlier values"],
+)
+def test_field_at_fault_is_found_among_its_like(tmp_path: Path, member: bytes, place: str) -> None:
+    shard = write_tar(tmp_path / "a.tar", [("ok.txt", b"x"), ("k.json", member)])
+    excerpt = member.decode("utf-8-sig").strip()[:60]
+    found = "a list" if b"[3]" in member else "a number"
+    assert error_of(shard) == (
+        f"{shard}:k.json:{place}: field 'text' must be a string, found {found}: {excerpt!r}; correct the row, or set "
+        "data.on_bad_row: skip"
+    )
+    with pytest.raises(DataError, match=f"a.tar:k.json:{place}: field 'text' must be"):
+        list(text_source(shard).read(0))
+
+
+def test_bad_chat_names_the_field_of_its_member(tmp_path: Path) -> None:
+    member = b'{"id": 7,\n  "messages": [{"role": 1, "content": "' + b"a" * 80 + b'"}]}'
+    shard = write_tar(tmp_path / "a.tar", [("k.json", member)])
+    with pytest.raises(DataError) as caught:
+        list(text_source(shard, format="chat").documents())
+    excerpt = repr(member[:60].decode())
+    assert f"{shard}:k.json:2:3: messages[0].role must be a string, found a number: {excerpt}; correct" in str(
+        caught.value
+    )
 
 
 def test_bad_rows_are_skipped_up_to_the_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -265,9 +298,16 @@ def test_image_fingerprint_holds_every_label(tmp_path: Path, monkeypatch: pytest
         ([("a.jpg", b"x"), ("a.cls", b"-1")], ":a.cls: a class is an integer from 0 to 1048575, found -1"),
         ([("a.jpg", b"x"), ("a.cls", b"9999999")], ":a.cls: a class is an integer from 0 to 1048575, found 9999999"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], ":a.cls: a class is an integer from 0, found b'cat'"),
-        ([("a.jpg", b"x"), ("a.json", b"{}")], ":a.json: no field 'kind', it has none (set data.label_field)"),
+        (
+            [("a.jpg", b"x"), ("a.json", b"{}")],
+            ":a.json:1:1: no field 'kind', it has none (set data.label_field): '{}'; correct the member",
+        ),
         ([("a.jpg", b"x"), ("a.json", b"{")], ":a.json:1:2: not valid JSON"),
-        ([("a.jpg", b"x"), ("a.json", b'{"kind": true}')], ":a.json: field 'kind': a class is an integer or a string"),
+        (
+            [("a.jpg", b"x"), ("a.json", b'{\n "kind": true}')],
+            ":a.json:2:2: field 'kind': a class is an integer or a string, found a boolean: "
+            "'{\\n \"kind\": true}'; correct the member",
+        ),
         (
             [("a.cls", b"1"), ("a.gif", b"x")],
             ":a: a sample has one image (.jpeg .jpg .png .webp), this one has .cls, .gif",

@@ -33,6 +33,28 @@ class WeightedStream:
     held_out: float = 0.0
 
 
+def require_sample(stream: WeightedStream, encoder: DocumentEncoder, settings: StreamSettings) -> None:
+    """Read a stream up to the first training document that gives a sample: before a run begins, not in its first step.
+
+    It changes no position. Malformed rows that are skipped on the way count again when training reads them.
+
+    Raises:
+        DataError: no document gives one, or one on the way cannot be read or used.
+    """
+    source, counts = stream.source, StreamCounts()
+    for shard in range(len(source.shards())):
+        for document, _ in source.read(shard):
+            if held_out(document.key, stream.held_out):
+                counts.held_out += 1
+                continue
+            counts.documents += 1
+            # Of joined text no block is left out; of rows some are, for their length or their labels.
+            joined = source.layout == "stream" and not settings.packing
+            if joined or cut_rows([document], encoder, settings, counts)[0]:
+                return
+    raise _nothing_usable(source.shards(), counts)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a window begins: the pass, the place in its order of shards, the cursor in that shard (behind a training

@@ -136,11 +136,12 @@ class WebdatasetSource:
     def _document(self, sample: TarSample[bytes], where: str, reader: RowReader) -> Document | None:
         """The document of one sample; None when it is left out."""
         try:
-            row = self._row(sample, where)
-        except _BadMember as error:
-            reader.refuse(error.where, error, error.excerpt)
+            return reader.document(self._row(sample, where), where)
+        except BadRow as error:
+            # Only a row can have a wrong field: the text of a `.txt` member is always a string.
+            found = error if isinstance(error, _BadMember) else _bad_field(error, sample.parts["json"], f"{where}.json")
+            reader.refuse(found.where, found, found.excerpt)
             return None
-        return reader.accept(row, where)
 
     def _row(self, sample: TarSample[bytes], where: str) -> dict[str, Any]:
         if not sample.parts:
@@ -244,7 +245,9 @@ class WebdatasetImageSource:
         if "cls" in sample.parts:
             content = shard.data(sample.parts["cls"])
             try:
-                return _checked_label(decoders["cls"](content), f"{where}.cls")
+                return _checked_label(decoders["cls"](content))
+            except BadRow as error:
+                raise DataError(f"{where}.cls: {error}; correct the member") from error
             except ValueError as error:
                 raise DataError(f"{where}.cls: a class is an integer from 0, found {content[:20]!r}") from error
         if "json" not in sample.parts:
@@ -252,14 +255,22 @@ class WebdatasetImageSource:
                 f"{where}: no label, a .cls or .json member; the members of a sample must stand together "
                 "(webdataset.ShardWriter, or tar --sort=name)"
             )
+        content = shard.data(sample.parts["json"])
         try:
-            row = _json_row(shard.data(sample.parts["json"]), f"{where}.json")
-        except _BadMember as error:
-            raise DataError(f"{error.where}: {error}: {error.excerpt!r}; correct the member") from error
-        if self._label_field not in row:
+            return self._label_in(_json_row(content, f"{where}.json"))
+        except BadRow as error:
+            found = error if isinstance(error, _BadMember) else _bad_field(error, content, f"{where}.json")
+            raise DataError(f"{found.where}: {found}: {found.excerpt!r}; correct the member") from error
+
+    def _label_in(self, row: dict[str, Any]) -> int | str:
+        field = self._label_field
+        if field not in row:
             there = ", ".join(map(repr, row)) or "none"
-            raise DataError(f"{where}.json: no field {self._label_field!r}, it has {there} (set data.label_field)")
-        return _checked_label(row[self._label_field], f"{where}.json: field {self._label_field!r}")
+            raise BadRow(f"no field {field!r}, it has {there} (set data.label_field)")
+        try:
+            return _checked_label(row[field])
+        except BadRow as error:
+            raise BadRow(f"field {field!r}: {error}", field) from error
 
 
 def _itself(member: TarMember) -> TarMember:
@@ -271,12 +282,38 @@ def _json_row(content: bytes, where: str) -> dict[str, Any]:
     try:
         return parse_row(content)
     except BadRow as error:
-        if isinstance(error.__cause__, json.JSONDecodeError):
-            line, column = error.__cause__.lineno, error.__cause__.colno
-        else:
-            before = content.decode("utf-8", errors="replace")[: error.column - 1]
-            line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-        raise _BadMember(str(error), f"{where}:{line}:{column}", content) from error
+        decoding = error.__cause__
+        # Of JSON that cannot be decoded the column is one of its line, else one of the whole member.
+        place = decoding.pos if isinstance(decoding, json.JSONDecodeError) else error.column - 1
+        raise _bad_member(str(error), content, place, where) from error
+
+
+def _bad_field(error: BadRow, content: bytes, where: str) -> _BadMember:
+    """A mistake in a row that was parsed, with the place of its field in the `.json` member."""
+    content = content.removeprefix(UTF8_BOM)
+    place = 0 if error.field is None else _key_place(content.decode(), error.field)
+    return _bad_member(str(error), content, place, where)
+
+
+def _bad_member(reason: str, content: bytes, place: int, where: str) -> _BadMember:
+    before = content.decode("utf-8", errors="replace")[:place]
+    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    return _BadMember(reason, f"{where}:{line}:{column}", content)
+
+
+def _key_place(text: str, key: str) -> int:
+    """Where a key of the JSON object `text` stands, which has it once; keys of objects inside it do not count."""
+    decode = json.JSONDecoder().raw_decode
+    end = text.index("{") + 1
+    while True:
+        start = text.index('"', end)
+        found, end = decode(text, start)
+        if found == key:
+            return start
+        value = text.index(":", end) + 1
+        while text[value].isspace():
+            value += 1
+        _, end = decode(text, value)
 
 
 def _text(content: bytes, where: str) -> str:
@@ -304,11 +341,11 @@ def _image_of(sample: TarSample[TarMember], where: str) -> TarMember:
     return image
 
 
-def _checked_label(label: Any, where: str) -> int | str:
+def _checked_label(label: Any) -> int | str:
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise DataError(f"{where}: a class is an integer or a string, found {json_type(label)}")
+        raise BadRow(f"a class is an integer or a string, found {json_type(label)}")
     if isinstance(label, int) and not 0 <= label < MAX_CLASSES:
-        raise DataError(f"{where}: a class is an integer from 0 to {MAX_CLASSES - 1}, found {label}")
+        raise BadRow(f"a class is an integer from 0 to {MAX_CLASSES - 1}, found {label}")
     return label
 
 
