@@ -271,7 +271,7 @@ def assert_all_finite(run: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["nan", "nan_gradient"])
 def test_training_that_stays_non_finite(cli: Cli, backend: str) -> None:
-    """Good steps first: 2 layers x 2 micro-batches a step after the 4 calls of the probe; step 8 is the first bad one."""
+    """Good steps first: 4 calls of the probe, then 2 layers x 2 micro-batches a step; step 8 is the first bad one."""
     write_sources(cli.folder)
     arguments = (f"model.attention.backend={backend}", "guards.max_consecutive_skips=3", "data.validation_fraction=0")
     finished = cli("train", "base.yaml", *FAULTS, *arguments, "--json", env={"FAIL_AT_CALL": "32"})

@@ -44,7 +44,8 @@ def mistake(override: str) -> Problem:
 
 
 def test_presets_are_valid() -> None:
-    own = {"finetune": ["model.name_or_path=gpt2", "data.path=train.jsonl"]}
+    given = ["model.name_or_path=gpt2", "data.path=train.jsonl"]
+    own = {"finetune": given, "performance_max": given}
     for name in preset_names():
         config = load_config(name, own.get(name, ()))
         assert config.run_name == name
@@ -86,7 +87,7 @@ def test_every_mistake_at_once_with_its_line(tmp_path: Path) -> None:
                 "learning_rate: 1e-3",
                 "model:",
                 "  attention: {backend: flashy}",
-                "  lora: {enabled: true}",
+                "  lora: {r: 8}",
                 "  tokenizer: {type: bpe}",
                 "training:",
                 "  per_device_train_batch_size: 4",
@@ -107,7 +108,7 @@ def test_every_mistake_at_once_with_its_line(tmp_path: Path) -> None:
         "learning_rate": 2,
         "model.config.model_type": 3,
         "model.attention.backend": 4,
-        "model.lora.enabled": 5,
+        "model.lora.r": 5,
         "model.tokenizer.vocab_size": 6,
         "training.per_device_train_batch_size": 8,
         "training.log_intervall": 9,
@@ -245,7 +246,14 @@ IMAGES = [
         (["eval.select_best_by=bleu"], "eval.select_best_by", "(loss, ppl, bits_per_byte); found 'bleu'"),
         (["eval.metrics=[bits_per_byte]"], "eval.select_best_by", "found 'ppl'"),
         (["model.kv_cache.block_size=64"], "model.kv_cache.block_size", "is not read by kv_cache.type: none"),
-        (["model.lora.enabled=true"], "model.lora.enabled", "not in this version"),
+        (["model.lora.r=8"], "model.lora.r", "is read with model.lora.enabled: true only"),
+        (["model.lora.target_modules=q_proj"], "model.lora.target_modules", "enabled: true only"),
+        (
+            ["model.lora={enabled: true, target_modules: [all-linear, x]}"],
+            "model.lora.target_modules",
+            "stand beside it",
+        ),
+        (["model.lora={enabled: true, target_modules: []}"], "model.lora.target_modules", "at least 1 items"),
         (["data.streaming=true"], "data.streaming", "is not read by data source python_stdlib"),
         ([*ROWS, "data.streaming=true", "training.max_steps=null"], "training.max_steps", "no known length"),
         ([*ROWS, "data.shuffle_window=9"], "data.shuffle_window", "data.streaming: true only"),
@@ -294,6 +302,7 @@ IMAGES = [
         ([*IMAGES, "data.max_tokens=500"], "data.max_tokens", "is for text"),
         ([*IMAGES, "generate.prompts=[a]"], "generate.prompts", "writes no text"),
         ([*IMAGES, "eval.metrics=[ppl, bits_per_byte]"], "eval.metrics[1]", "is for text"),
+        ([*IMAGES, "model.lora.enabled=true"], "model.lora.enabled", "the task is image_classification"),
         ([*IMAGES, "data.source=text"], "data.source", "text has no images"),
         (["model.init=pretrained"], "model.name_or_path", "missing"),
         (["model.config={}"], "model.config.model_type", "missing"),

@@ -76,8 +76,8 @@ def build_peer(arguments: Arguments, rows: int | None, bf16_weights: bool) -> Pe
         bf16_weights: train in bf16 weights instead of float32 ones under autocast.
     """
     quiet_transformers()
-    # Peers do not pack, and make adapters of their own, of the size that is asked for.
-    config = load(arguments, [*arguments.overrides, "data.packing=false", "model.lora.enabled=false"])
+    # Peers do not pack.
+    config = load(arguments, [*arguments.overrides, "data.packing=false"])
     device = choose_device(config.hardware.device)
     configure_backends(device, config.training.allow_tf32, config.hardware.deterministic)
     documents = Documents(config)

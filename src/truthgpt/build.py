@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from truthgpt.build_data import build_eval_loader, rows_per_micro_batch
 from truthgpt.build_images import build_image_data, build_image_eval_loader, build_image_task
 from truthgpt.build_sources import build_text_data
-from truthgpt.build_text import build_text_task, choose_loss
+from truthgpt.build_text import build_text_task, choose_loss, share_adapter_inputs
 from truthgpt.config.schema import Config
 from truthgpt.data.base import TrainLoader
 from truthgpt.data.loader import EvalLoader
@@ -34,11 +34,13 @@ from truthgpt.metrics.base import Metric
 from truthgpt.models.causal_lm import quiet_transformers
 from truthgpt.models.image_classifier import image_classification_loss
 from truthgpt.models.image_processor import pixel_format_of
+from truthgpt.models.trained_weights import has_adapters
 from truthgpt.optim.groups import parameter_groups
-from truthgpt.runtime.compile import compile_layers, compile_pays
+from truthgpt.runtime.compile import can_replay, compile_layers, compile_pays, estimated_run_s
 from truthgpt.runtime.device import choose_device, configure_backends
 from truthgpt.runtime.fallbacks import Fallbacks
-from truthgpt.runtime.precision import Precision, choose_precision, hold_weights_in_bf16
+from truthgpt.runtime.flops import peak_flops
+from truthgpt.runtime.precision import Precision, choose_precision, hold_frozen_in_bf16, hold_weights_in_bf16
 from truthgpt.task import TaskParts
 from truthgpt.trainers.engine import Objective
 
@@ -59,6 +61,7 @@ class Components:
     metrics: list[Metric]
     callbacks: list[tuple[str, object]]
     kv_cache: KVCachePolicy
+    cuda_graph: bool
     fallbacks: Fallbacks
 
     @property
@@ -110,7 +113,7 @@ def build_components(config: Config) -> Components:
     task = build_task(config, plan, device, precision, fallbacks)
     max_steps = _max_steps(config, task)
     precision = _hold_weights(config, task.model, plan, precision, fallbacks)
-    _compile(config, task, plan, precision, max_steps, fallbacks)
+    cuda_graph = _compile(config, task, precision, max_steps, fallbacks)
     return Components(
         device=device,
         precision=precision,
@@ -122,6 +125,7 @@ def build_components(config: Config) -> Components:
         metrics=_build_metrics(config, task.tokenizer),
         callbacks=callbacks,
         kv_cache=_build_kv_cache(config),
+        cuda_graph=cuda_graph,
         fallbacks=fallbacks,
     )
 
@@ -148,6 +152,9 @@ def build_evaluation(config: Config, loaded: LoadedModel) -> EvaluationComponent
     if loader is None:
         raise DataError("nothing to evaluate: set data.validation_fraction above 0, or data.validation_path")
     precision = choose_precision(config.training.mixed_precision, device, fallbacks)
+    if has_adapters(loaded.model):  # computed as they were trained, so that the figures are those of the run
+        share_adapter_inputs(loaded.model)
+        precision = hold_frozen_in_bf16(loaded.model) if precision.name == "bf16" else precision
     objective = image_classification_loss if loaded.tokenizer is None else choose_loss(loaded.model, fallbacks)
     return EvaluationComponents(loader, _build_metrics(config, loaded.tokenizer), objective, precision)
 
@@ -163,10 +170,11 @@ def _max_steps(config: Config, task: TaskParts) -> int:
 def _hold_weights(
     config: Config, model: PreTrainedModel, plan: MemoryPlan, precision: Precision, fallbacks: Fallbacks
 ) -> Precision:
-    """Keep the weights as `training.weights` says, once nothing needs them in float32 any more; the run's precision."""
+    """Keep the trained weights as `training.weights` says, and those below adapters in the type the run computes in,
+    once nothing needs them in float32 any more; the run's precision."""
     wanted = config.training.weights
     if wanted == "float32":
-        return precision
+        return hold_frozen_in_bf16(model) if has_adapters(model) and precision.name == "bf16" else precision
     if precision.name != "bf16":
         fallbacks.take("training.weights", wanted, "float32", f"the run computes in {precision.name}")
         return precision
@@ -204,12 +212,17 @@ def _build_callbacks(config: Config, fallbacks: Fallbacks) -> list[tuple[str, ob
     return [(name, CALLBACKS.build(name, options)) for name, options in wanted.items()]
 
 
-def _compile(
-    config: Config, task: TaskParts, plan: MemoryPlan, precision: Precision, max_steps: int, fallbacks: Fallbacks
-) -> None:
+def _compile(config: Config, task: TaskParts, precision: Precision, max_steps: int, fallbacks: Fallbacks) -> bool:
+    """Compile the layers, when that pays; whether forward and backward are to be replayed as a CUDA graph."""
     training, model = config.training, task.model
-    if not compile_pays(training.torch_compile, model.device, max_steps * task.tokens_per_step):
-        return
+    run_flops = max_steps * task.tokens_per_step * (task.flops_per_token or 0.0)
+    eager_run_s = estimated_run_s(run_flops, peak_flops(model.device, precision.name))
+    if not compile_pays(training.torch_compile, model.device, eager_run_s):
+        return False
+    mode, graph = training.compile_mode, training.compile_mode == "reduce-overhead"
+    if graph:
+        mode = "default"  # the graph is ours: torch's own is recorded layer by layer, and again for every shape
+        graph = can_replay(model.device, task.fixed_shapes, training.detect_anomaly, fallbacks)
 
     def probe() -> None:
         batch = {key: tensor.to(model.device) for key, tensor in task.example.items()}
@@ -218,7 +231,8 @@ def _compile(
         loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
-    compile_layers(model, training.compile_mode, task.fixed_shapes, probe, fallbacks)
+    compile_layers(model, mode, task.fixed_shapes, probe, fallbacks)
+    return graph
 
 
 def _build_optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:

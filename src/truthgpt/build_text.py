@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -12,6 +15,7 @@ from truthgpt.config.schema import Config
 from truthgpt.data.base import Batch
 from truthgpt.data.collate import PackedCollator
 from truthgpt.memory.base import MemoryPlan
+from truthgpt.models.adapted_linear import share_inputs
 from truthgpt.models.architecture import check_context, load_architecture
 from truthgpt.models.causal_lm import (
     build_causal_lm,
@@ -24,7 +28,8 @@ from truthgpt.models.causal_lm import (
     transformers_attention,
     whole_logits_loss,
 )
-from truthgpt.models.output_head import head_completes_body
+from truthgpt.models.lora import LoraSettings, add_adapters, require_peft
+from truthgpt.models.output_head import PROBE_TOKENS, head_completes_body
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.flops import training_flops_per_token
 from truthgpt.runtime.precision import Precision
@@ -35,12 +40,14 @@ from truthgpt.trainers.engine import Objective
 def build_text_task(
     config: Config, plan: MemoryPlan, device: torch.device, precision: Precision, fallbacks: Fallbacks
 ) -> TaskParts:
-    """Build in this order: architecture, backend, source, tokenizer, model, tokens, probes, loaders.
+    """Build in this order: architecture, backend, source, tokenizer, model, adapters, probes, tokens, loaders.
 
     Raises:
         ConfigError: a name or value that only the libraries or the machine can refuse.
         DataError: the data cannot be read.
     """
+    if config.model.lora.enabled:
+        require_peft()
     length = config.data.max_seq_len
     architecture = load_architecture(config.model.name_or_path, config.model.config, config.model.trust_remote_code)
     check_context(architecture, length)
@@ -48,7 +55,9 @@ def build_text_task(
 
     data = build_text_data(config)
     tokenizer = build_tokenizer(config, data)
-    model = _build_model(config, architecture, tokenizer).to(device)
+    model = _build_model(config, architecture, tokenizer, device, precision)
+    if config.model.lora.enabled:
+        _add_adapters(config, model, plan)
     if plan.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     attends = attend(config, model, backend, precision, fallbacks)
@@ -78,17 +87,49 @@ def choose_loss(model: PreTrainedModel, fallbacks: Fallbacks) -> Objective:
     return whole_logits_loss
 
 
-def _build_model(config: Config, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """With transformers' own attention; the backend takes its place once it is probed."""
-    wanted, attention = config.model, transformers_attention(architecture)
-    if wanted.name_or_path is not None and wanted.init != "scratch":
+def _build_model(
+    config: Config,
+    architecture: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    precision: Precision,
+) -> PreTrainedModel:
+    """With transformers' own attention; the backend takes its place once it is probed.
+
+    A model that is to be frozen is in the run's precision from the start, and a random one made on the device: there is
+    no copy of it in float32, which nobody would need.
+    """
+    wanted, attention, frozen = config.model, transformers_attention(architecture), config.model.lora.enabled
+    dtype = torch.bfloat16 if frozen and precision.name == "bf16" else torch.float32
+    base = _pretrained(config)
+    if base is not None:
         check_vocabulary(architecture.vocab_size, len(tokenizer))
-        model = load_causal_lm(wanted.name_or_path, architecture, attention, wanted.trust_remote_code)
+        model = load_causal_lm(base, architecture, attention, wanted.trust_remote_code, dtype)
     else:
         fit_vocabulary(architecture, tokenizer, wanted.config.get("vocab_size"))
-        model = build_causal_lm(architecture, attention, config.seed)
+        with device if frozen else nullcontext():
+            model = build_causal_lm(architecture, attention, config.seed, dtype)
     set_generation_defaults(model, tokenizer)
-    return model
+    return model.to(device)
+
+
+def _pretrained(config: Config) -> str | None:
+    """Where the weights come from; None: from nowhere, they are random."""
+    return None if config.model.init == "scratch" else config.model.name_or_path
+
+
+def _add_adapters(config: Config, model: PreTrainedModel, plan: MemoryPlan) -> None:
+    wanted, base = config.model.lora, _pretrained(config)
+    if base is not None and Path(base).is_dir():
+        base = str(Path(base).absolute())  # whoever loads the adapters may be in another working directory
+    add_adapters(model, LoraSettings(wanted.r, wanted.alpha, wanted.dropout, wanted.target_modules), base, config.seed)
+    if not plan.gradient_checkpointing:  # which `SharedInput` cannot stand under torch.compile
+        share_adapter_inputs(model)
+
+
+def share_adapter_inputs(model: PreTrainedModel) -> None:
+    """Let adapters with one input share its product, see `share_inputs`."""
+    share_inputs(model, torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=model.device))
 
 
 def _example(rows: int, length: int, packed: bool) -> Batch:

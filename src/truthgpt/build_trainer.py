@@ -16,6 +16,7 @@ from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import KeyPath
 from truthgpt.inference.generate import GenerationSettings, generate_texts
 from truthgpt.models.causal_lm import count_parameters
+from truthgpt.models.trained_weights import has_adapters
 from truthgpt.optim.adamw import float32_copy
 from truthgpt.runtime.device import describe_hardware
 from truthgpt.runtime.environment import describe_environment
@@ -24,7 +25,13 @@ from truthgpt.runtime.metrics_log import MetricsLog
 from truthgpt.runtime.run_directory import RunDirectory
 from truthgpt.runtime.seeds import derive_seed
 from truthgpt.runtime.stop_signal import StopSignal
-from truthgpt.trainers.artefacts import ModelArtefacts, ModelCard, load_exported_weights
+from truthgpt.trainers.artefacts import (
+    AdapterArtefacts,
+    Artefacts,
+    ModelArtefacts,
+    ModelCard,
+    load_exported_weights,
+)
 from truthgpt.trainers.checkpoint import CheckpointStore, find_checkpoint
 from truthgpt.trainers.ema import EMA, NoEMA
 from truthgpt.trainers.engine import EngineSettings, TrainEngine
@@ -83,13 +90,7 @@ def _build(
 ) -> GenericTrainer:
     engine = _engine(config, components)
     store = CheckpointStore(run.checkpoints, run_id=run.run_id, keep_last=config.checkpoint.keep_last)
-    artefacts = ModelArtefacts(
-        run.model,
-        components.model,
-        components.task.processor,
-        ModelCard(config.run_name, _data_names(config), config.eval.select_best_by, config.seed),
-        safetensors=config.training.save_safetensors,
-    )
+    artefacts = _artefacts(config, components, run.model)
     parts = TrainerParts(
         engine=engine,
         loader=components.train_loader,
@@ -113,6 +114,12 @@ def _build(
     return trainer
 
 
+def _artefacts(config: Config, components: Components, folder: Path) -> Artefacts:
+    kind = AdapterArtefacts if has_adapters(components.model) else ModelArtefacts
+    card = ModelCard(config.run_name, _data_names(config), config.eval.select_best_by, config.seed)
+    return kind(folder, components.model, components.task.processor, card, config.training.save_safetensors)
+
+
 def _data_names(config: Config) -> str:
     """The data sources, for the model card."""
     return ", ".join(item.source for item in config.data.sources) or config.data.source.type
@@ -128,7 +135,9 @@ def _engine(config: Config, components: Components) -> TrainEngine:
         components.precision,
         EMA(components.model, config.ema.decay, exact) if config.ema.enabled else NoEMA(),
         NonFiniteGuard(config.guards.max_consecutive_skips, components.device),
-        EngineSettings(config.seed, config.training.max_grad_norm, config.training.detect_anomaly),
+        EngineSettings(
+            config.seed, config.training.max_grad_norm, config.training.detect_anomaly, components.cuda_graph
+        ),
     )
 
 
@@ -182,7 +191,7 @@ def _sampler(config: Config, components: Components) -> Callable[[], list[dict[s
     return sample
 
 
-def _exporter(store: CheckpointStore, components: Components, artefacts: ModelArtefacts) -> Callable[[Path], None]:
+def _exporter(store: CheckpointStore, components: Components, artefacts: Artefacts) -> Callable[[Path], None]:
     def export(checkpoint: Path) -> None:
         payload = store.load(checkpoint)
         load_exported_weights(components.model, payload)

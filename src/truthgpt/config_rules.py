@@ -10,7 +10,7 @@ from typing import Any
 
 from truthgpt.config.data_section import DataConfig, MixedSource
 from truthgpt.config.load import shown
-from truthgpt.config.schema import Config
+from truthgpt.config.schema import Config, LoraConfig, ModelConfig
 from truthgpt.config.strict_yaml import KeyPath
 from truthgpt.factories.collate import COLLATORS
 from truthgpt.factories.datasets import DATASETS, KEYS, reads
@@ -18,7 +18,6 @@ from truthgpt.factories.metrics import METRICS
 from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.factories.registry import Entry, accepts
 
-_LATER = "is not in this version"
 _IMAGES = "image_classification"
 
 
@@ -69,8 +68,22 @@ def _model_rules(config: Config) -> Iterator[Broken]:
         message = "is not read by kv_cache.type: none"
         yield Broken(("model", "kv_cache", "block_size"), message, "leave it out", (("model", "kv_cache", "type"),))
     yield from _weight_rules(config)
-    if model.lora.enabled:
-        yield Broken(("model", "lora", "enabled"), f"true {_LATER}", "set it to false: all weights are trained")
+    yield from _lora_rules(model)
+
+
+def _lora_rules(model: ModelConfig) -> Iterator[Broken]:
+    lora, enabled, targets = model.lora, ("model", "lora", "enabled"), ("model", "lora", "target_modules")
+    if not lora.enabled:
+        for key in LoraConfig.model_fields:
+            if getattr(lora, key) != getattr(LoraConfig(), key):
+                fix = "leave it out, or set enabled: true"
+                yield Broken(("model", "lora", key), "is read with model.lora.enabled: true only", fix, (enabled,))
+        return
+    if model.task != "causal_lm":
+        message = f"true is for task: causal_lm; the task is {model.task}"
+        yield Broken(enabled, message, "set it to false: all weights are trained", (("model", "task"),))
+    if "all-linear" in lora.target_modules and len(lora.target_modules) > 1:
+        yield Broken(targets, "all-linear takes all layers, and others stand beside it", "leave the others out")
 
 
 def _weight_rules(config: Config) -> Iterator[Broken]:

@@ -11,10 +11,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from truthgpt.attention.install import TRANSFORMERS_OWN
-from truthgpt.errors import CheckpointError
+from truthgpt.errors import CheckpointError, ConfigError
 from truthgpt.models.architecture import load_architecture
 from truthgpt.models.causal_lm import build_causal_lm, load_causal_lm, quiet_transformers, transformers_attention
 from truthgpt.models.image_classifier import IMAGE_CLASSIFIER, build_image_classifier, load_image_classifier
+from truthgpt.models.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHT_FILES,
+    BASE_FOLDER,
+    add_saved_adapters,
+    base_of_adapters,
+    load_adapters,
+    require_peft,
+)
 from truthgpt.models.tokenizer import load_tokenizer
 from truthgpt.trainers.artefacts import load_exported_weights
 from truthgpt.trainers.checkpoint import load_checkpoint
@@ -22,11 +31,12 @@ from truthgpt.trainers.checkpoint import load_checkpoint
 logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_EVERY_WEIGHT_FILE = (*_WEIGHT_FILES, *ADAPTER_WEIGHT_FILES)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to use, whose configuration and tokenizer are in `folder`.
+    """A model ready to use, perhaps with adapters, whose configuration and tokenizer are in `folder`.
 
     `tokenizer` is None for an image classifier, `run_directory` for a folder that is no run.
     """
@@ -38,7 +48,7 @@ class LoadedModel:
 
 
 def load_model(target: Path, device: torch.device) -> LoadedModel:
-    """Load what `target` names: a run directory (its `model/`), a checkpoint file, or a Hugging Face folder.
+    """Load what `target` names: a run directory (its `model/`), a checkpoint file, or a Hugging Face or peft folder.
 
     A run without final weights yet is loaded from its best checkpoint, with one line that says so.
 
@@ -64,17 +74,18 @@ def load_model(target: Path, device: torch.device) -> LoadedModel:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _WEIGHT_FILES)
+    return any((folder / name).is_file() for name in _EVERY_WEIGHT_FILE)
 
 
 def _from_folder(folder: Path, run_directory: Path | None, device: torch.device) -> LoadedModel:
     if _is_image_classifier(folder):
         architecture = load_architecture(str(folder), {}, trust_remote_code=False, kind=IMAGE_CLASSIFIER)
         model = load_image_classifier(str(folder), architecture, TRANSFORMERS_OWN, seed=0, trust_remote_code=False)
+    elif (folder / ADAPTER_CONFIG).is_file():
+        model = _load_base(folder)
+        load_adapters(model, folder)
     else:
-        architecture = load_architecture(str(folder), {}, trust_remote_code=False)
-        attention = transformers_attention(architecture)
-        model = load_causal_lm(str(folder), architecture, attention, trust_remote_code=False)
+        model = _load_text_model(str(folder), str(folder))
     return _loaded(model, folder, run_directory, device)
 
 
@@ -90,11 +101,37 @@ def _from_checkpoint(checkpoint: Path, device: torch.device) -> LoadedModel:
     if _is_image_classifier(folder):
         architecture = load_architecture(str(folder), {}, trust_remote_code=False, kind=IMAGE_CLASSIFIER)
         model = build_image_classifier(architecture, TRANSFORMERS_OWN, seed=0)
+    elif (folder / ADAPTER_CONFIG).is_file():
+        model = _load_base(folder)
+        add_saved_adapters(model, folder)
     else:
         architecture = load_architecture(str(folder), {}, trust_remote_code=False)
         model = build_causal_lm(architecture, transformers_attention(architecture), seed=0)
     load_exported_weights(model, payload)
     return _loaded(model, folder, run_directory, device)
+
+
+def _load_text_model(weights: str, architecture_from: str) -> PreTrainedModel:
+    architecture = load_architecture(architecture_from, {}, trust_remote_code=False)
+    return load_causal_lm(weights, architecture, transformers_attention(architecture), trust_remote_code=False)
+
+
+def _load_base(folder: Path) -> PreTrainedModel:
+    """The model that the adapters in `folder` belong on, with the run's own configuration where there is one.
+
+    Raises:
+        CheckpointError: its weights are not where they were.
+    """
+    require_peft()
+    own = folder / BASE_FOLDER
+    base = str(own) if own.is_dir() else base_of_adapters(folder)
+    try:
+        return _load_text_model(base, str(folder if (folder / "config.json").is_file() else base))
+    except ConfigError as error:
+        unfinished = ""
+        if Path(base) == own.absolute():
+            unfinished = "; the run made it itself and saves it with its final model: finish it (--resume auto)"
+        raise CheckpointError(f"the base of the adapters in {folder} cannot be loaded: {error}{unfinished}") from error
 
 
 def _is_image_classifier(folder: Path) -> bool:

@@ -32,6 +32,25 @@ def test_the_same_is_no_change() -> None:
     assert changes.refused == [] and changes.said == []
 
 
+@pytest.mark.parametrize("key", ["training.weights", "model.lora.target_modules", "model.attention.verify"])
+def test_a_key_that_is_newer_than_the_run_has_not_changed(key: str) -> None:
+    older = copy.deepcopy(OLD)
+    *path, last = key.split(".")
+    section = older
+    for part in path:
+        section = section[part]
+    del section[last]
+    changes = compare_configs(older, OLD)
+    assert changes.refused == [] and changes.said == []
+
+
+def test_a_newer_key_that_is_set_is_a_change() -> None:
+    older = copy.deepcopy(OLD)
+    del older["training"]["weights"]
+    (problem,) = compare_configs(older, changed(training__weights="bf16_master")).refused
+    assert problem.key == "training.weights" and "not set -> bf16_master" in problem.message
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

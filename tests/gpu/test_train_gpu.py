@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,14 +35,6 @@ GPU = ("hardware.device=cuda", "training.eval_interval=1000", "checkpoint.interv
 PACKED = ("data.source=jsonl", "data.packing=true", f"model.config={LLAMA}")
 LOSS_NOISE = 0.03
 """Relative: bf16 keeps three digits, and twenty steps carry its errors on."""
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.cuda.set_sync_debug_mode("default")
-    torch._dynamo.reset()
 
 
 def gpu_trainer(folder: Path, name: str, *overrides: str) -> GenericTrainer:

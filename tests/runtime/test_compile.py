@@ -11,7 +11,14 @@ from torch import nn
 from torch._dynamo.exc import Unsupported
 
 from truthgpt.errors import ConfigError
-from truthgpt.runtime.compile import BREAK_EVEN_TOKENS, compile_layers, compile_pays, decoder_layers
+from truthgpt.runtime.compile import (
+    BREAK_EVEN_S,
+    can_replay,
+    compile_layers,
+    compile_pays,
+    decoder_layers,
+    estimated_run_s,
+)
 from truthgpt.runtime.fallbacks import Fallbacks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -66,17 +73,39 @@ def probe_of(model: nn.Module) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "tokens", "pays"),
+    ("wanted", "device", "eager_run_s", "pays"),
     [
-        (True, CPU, 1, True),
-        (False, CUDA, 10**12, False),
-        ("auto", CPU, 10**12, False),
-        ("auto", CUDA, BREAK_EVEN_TOKENS - 1, False),
-        ("auto", CUDA, BREAK_EVEN_TOKENS, True),
+        (True, CPU, 0.1, True),
+        (False, CUDA, 1e9, False),
+        ("auto", CPU, 1e9, False),
+        ("auto", CUDA, BREAK_EVEN_S - 1, False),
+        ("auto", CUDA, BREAK_EVEN_S, True),
     ],
 )
-def test_when_it_pays(wanted: Any, device: torch.device, tokens: int, pays: bool) -> None:
-    assert compile_pays(wanted, device, tokens) is pays
+def test_when_it_pays(wanted: Any, device: torch.device, eager_run_s: float, pays: bool) -> None:
+    assert compile_pays(wanted, device, eager_run_s) is pays
+
+
+def test_a_run_is_as_long_as_its_arithmetic() -> None:
+    """GPT-2 124M at 0.8 GFLOP a token and 30% of an H200's peak: about 370k tokens a second."""
+    assert estimated_run_s(0.8e9 * 370_000 * 60, 989e12) == pytest.approx(60, rel=0.01)
+    assert estimated_run_s(1.0, None) > estimated_run_s(1.0, 989e12), "an unknown GPU is taken for a slower one"
+
+
+@pytest.mark.parametrize(
+    ("device", "fixed", "anomaly", "reason"),
+    [
+        (CUDA, True, False, None),
+        (CPU, True, False, "need a CUDA GPU, this run is on cpu"),
+        (CUDA, False, False, "these batches have many; data.packing gives them one"),
+        (CUDA, True, True, "detect_anomaly"),
+    ],
+)
+def test_what_can_be_replayed(device: torch.device, fixed: bool, anomaly: bool, reason: str | None) -> None:
+    fallbacks = Fallbacks()
+    assert can_replay(device, fixed, anomaly, fallbacks) is (reason is None)
+    said = [fallback["reason"] for fallback in fallbacks.to_json()]
+    assert (said == []) if reason is None else (reason in said[0])
 
 
 def test_layers_are_the_longest_list_of_equals() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from truthgpt.errors import ConfigError
@@ -23,6 +24,8 @@ from truthgpt.runtime.precision import (
     UnscaledPrecision,
     choose_precision,
     has_native_bf16,
+    hold_frozen_in_bf16,
+    in_float32,
 )
 
 torch.set_num_threads(1)
@@ -320,3 +323,76 @@ def test_a_processor_must_have_the_instructions(
 def test_the_real_probe_answers() -> None:
     assert has_native_bf16(CPU) in (True, False)
     assert has_native_bf16(torch.device("mps")) is False
+
+
+class Stack(nn.Module):
+    """An embedding, layers, and a head tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+        self.head = nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+def test_half_precision_weights_compute_in_float32_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    model, ids = Stack(), torch.arange(16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    exact = copy.deepcopy(model).float()
+    before = {name: (p, p.data.clone()) for name, p in model.named_parameters()}
+    wide: list[int] = []
+
+    def count(*_: Any) -> None:
+        wide.append(sum(p.dtype == torch.float32 for p in model.layers.parameters()))
+
+    with in_float32(model):
+        for layer in model.layers:
+            layer.register_forward_pre_hook(count)
+        logits = model(ids)
+        assert logits.dtype == torch.float32 and torch.equal(logits, exact(ids))
+    assert wide == [2] * 4, "one weight and one bias at a time"
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter.data, before[name][1]), name
+        assert parameter.dtype == torch.bfloat16
+    assert model(ids).dtype == torch.bfloat16
+
+
+def test_weights_come_back_after_an_error() -> None:
+    model = Stack().bfloat16()
+    with pytest.raises(RuntimeError), in_float32(model):
+        with pytest.raises(RuntimeError):
+            model.layers[1](torch.ones(3, 5))  # a layer that fails
+        assert model.layers[1].weight.dtype == torch.bfloat16
+        model(torch.ones(3))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(layer._forward_pre_hooks for layer in model.layers)
+
+
+def test_float32_weights_are_left_alone() -> None:
+    model = Stack()
+    weights = [parameter.data_ptr() for parameter in model.parameters()]
+    with in_float32(model):
+        model(torch.arange(16))
+        assert [parameter.data_ptr() for parameter in model.parameters()] == weights
+
+
+def test_frozen_weights_in_bf16() -> None:
+    model = Stack()
+    model.embedding.requires_grad_(False)
+    model.register_buffer("angles", torch.ones(3))
+    precision = hold_frozen_in_bf16(model)
+    assert {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == {"embedding.weight"}
+    assert model.angles.dtype == torch.float32
+    assert precision.name == "bf16"
+    with precision.autocast():
+        assert not torch.is_autocast_enabled("cpu")

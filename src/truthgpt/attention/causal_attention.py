@@ -29,7 +29,9 @@ def causal_attention(
         )
     scaling = head_size**-0.5 if scaling is None else scaling
     window = 0 if window is None else window
-    output: torch.Tensor = torch.ops.truthgpt.causal_attention(query, key, value, spans, scaling, window)[0]
+    output: torch.Tensor = torch.ops.truthgpt.causal_attention(
+        query, key, value, spans, scaling, window, cu_seq_lens is not None
+    )[0]
     return output
 
 
@@ -55,20 +57,33 @@ def _row_spans(batch: int, length: int, device: torch.device) -> torch.Tensor:
     "truthgpt::causal_attention",
     mutates_args=(),
     device_types="cuda",
-    schema="(Tensor query, Tensor key, Tensor value, Tensor spans, float scaling, int window) -> (Tensor, Tensor)",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor spans, float scaling, int window, "
+    "bool packed) -> (Tensor, Tensor)",
 )
 def _causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor, scaling: float, window: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    scaling: float,
+    window: int,
+    packed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from truthgpt.attention.flash_kernels import forward
 
     query, key, value = (_with_whole_heads(tensor) for tensor in (query, key, value))
-    return forward(query, key, value, spans[0].contiguous(), scaling, window)
+    return forward(query, key, value, spans[0].contiguous(), scaling, window, packed)
 
 
 @_causal_attention.register_fake
 def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor, scaling: float, window: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    scaling: float,
+    window: int,
+    packed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, head_size = query.shape
     output = query.new_empty(batch, length, heads, head_size)
@@ -80,7 +95,7 @@ def _(
     mutates_args=(),
     device_types="cuda",
     schema="(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor log_sums, Tensor spans, "
-    "float scaling, int window) -> (Tensor, Tensor, Tensor)",
+    "float scaling, int window, bool packed) -> (Tensor, Tensor, Tensor)",
 )
 def _causal_attention_backward(
     gradient: torch.Tensor,
@@ -92,12 +107,13 @@ def _causal_attention_backward(
     spans: torch.Tensor,
     scaling: float,
     window: int,
+    packed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from truthgpt.attention.flash_kernels import backward
 
     query, key, value = (_with_whole_heads(tensor) for tensor in (query, key, value))
     starts, ends = (part.contiguous() for part in spans)
-    return backward(gradient, query, key, value, output, log_sums, starts, ends, scaling, window)
+    return backward(gradient, query, key, value, output, log_sums, starts, ends, scaling, window, packed)
 
 
 @_causal_attention_backward.register_fake
@@ -111,21 +127,22 @@ def _(
     spans: torch.Tensor,
     scaling: float,
     window: int,
+    packed: bool,
 ) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, spans, ctx.scaling, ctx.window = inputs
+    query, key, value, spans, ctx.scaling, ctx.window, ctx.packed = inputs
     ctx.save_for_backward(query, key, value, *output, spans)
 
 
 def _backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     query, key, value, output, log_sums, spans = ctx.saved_tensors
     gradients = torch.ops.truthgpt.causal_attention_backward(
-        gradient, query, key, value, output, log_sums, spans, ctx.scaling, ctx.window
+        gradient, query, key, value, output, log_sums, spans, ctx.scaling, ctx.window, ctx.packed
     )
-    return (*gradients, None, None, None)
+    return (*gradients, None, None, None, None)
 
 
 _causal_attention.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from truthgpt.attention.base import packed_arguments
 from truthgpt.attention.install import transformers_attention_in
+from truthgpt.runtime.precision import in_float32
 
 TOLERANCE = 1e-4
 """Largest difference of float32 logits, relative to the largest logit, that is put down to rounding."""
@@ -107,12 +108,12 @@ def _relative(values: torch.Tensor, reference: torch.Tensor) -> float:
 
 @contextmanager
 def _quiet(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout, no gradients, float32 products in full precision; everything as before afterwards."""
+    """No dropout, no gradients, float32 weights and products in full precision; everything as before afterwards."""
     training, precision = model.training, torch.get_float32_matmul_precision()
     model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_float32(model):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

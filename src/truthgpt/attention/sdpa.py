@@ -14,6 +14,9 @@ from truthgpt.attention.masks import shared_packed_mask, window_mask
 from truthgpt.attention.varlen import varlen_attention
 from truthgpt.runtime.device import has_triton
 
+# Chosen here, not at each call: torch.compile would have to look into the search for the package.
+_without_mask = causal_attention if has_triton() else varlen_attention
+
 
 @declares("dense", "packed", "padded", "noncausal", "sliding_window")
 def sdpa_attention(
@@ -49,8 +52,7 @@ def sdpa_attention(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     windowed = attention_mask is None and window is not None and causal
     if (cu_seq_lens_q is not None or windowed) and kernels_fit(query, dropout):
-        attend = causal_attention if has_triton() else varlen_attention
-        return attend(query, key, value, scaling, window, cu_seq_lens_q, document_spans), None
+        return _without_mask(query, key, value, scaling, window, cu_seq_lens_q, document_spans), None
     if cu_seq_lens_q is not None:
         attention_mask = shared_packed_mask(cu_seq_lens_q, query.shape[0], length, window)
     elif windowed and window is not None:

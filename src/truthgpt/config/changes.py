@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import flow
 from truthgpt.errors import Problem
 
@@ -44,11 +45,14 @@ class Changes:
 
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """Compare two resolved configurations (nested mappings), key by key."""
-    before, after = _flatten(old), _flatten(new)
+    before, after, defaults = _flatten(old), _flatten(new), _flatten(Config().model_dump(mode="json"))
+    known = tuple(key.partition("[")[0] for key in before)
     refused, said = [], []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
             continue
+        if not _under(key.partition("[")[0], known) and after.get(key) == defaults.get(key):
+            continue  # a key that is newer than the run: its default is what the run did without it
         change = f"{_shown(before, key)} -> {_shown(after, key)}"
         if _under(key, _IDENTITY) and not _under(key, _NOT_IDENTITY):
             hint = "set it back, or start a new run with another output_dir"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from truthgpt.config.data_section import DataConfig
-from truthgpt.config.section import AutoBool, Component, Fraction, Label, Positive, Section
+from truthgpt.config.section import AutoBool, Component, Fraction, Label, NameList, Positive, Section
 
 
 class TokenizerConfig(Section):
@@ -60,16 +60,19 @@ class MemoryConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (Hu et al. 2021)."""
+    """Low-rank adapters (LoRA, Hu et al. 2021): small matrices beside the frozen layers of a causal_lm, made and saved
+    by peft (extra `lora`)."""
 
     enabled: bool = False
-    """Train low-rank adapters instead of all weights."""
+    """Train low-rank adapters instead of all weights. With `mixed_precision: bf16` the frozen model is held in bf16."""
     r: Positive = 16
     """Rank of the adapters."""
     alpha: Positive = 32
     """Scale of the adapters; the update is multiplied by alpha / r."""
     dropout: Fraction = 0.05
-    """Dropout on the adapters' input."""
+    """Dropout on the adapters' input. Without it, layers that share an input share its product: faster on a GPU."""
+    target_modules: NameList = ["all-linear"]
+    """Layers to adapt: endings of module names such as `[q_proj, v_proj]`, or `all-linear`: all but the output head."""
 
 
 class ModelConfig(Section):
@@ -134,7 +137,7 @@ class TrainingConfig(Section):
     weights: Literal["float32", "bf16_master", "bf16_stochastic"] = "float32"
     """What the weights are kept in, with `mixed_precision: bf16`. `float32`: cast for every product. `bf16_master`:
     the model in bf16, which is faster, with a float32 copy in the optimizer. `bf16_stochastic`: bf16 alone, rounded at
-    random, for a third less memory. The last two are for the optimizer adamw."""
+    random, for a quarter less memory. The last two are for the optimizer adamw."""
     early_stopping_patience: Positive | None = 2
     """Stop after this many evaluations in a row without a better `eval.select_best_by`; null: off."""
     allow_tf32: bool = True

@@ -43,11 +43,9 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-PathList = Annotated[
-    list[str],
-    BeforeValidator(_as_list),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-]
+_OneOrMoreTexts = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
+PathList = Annotated[list[str], BeforeValidator(_as_list), _OneOrMoreTexts]
+NameList = Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list), _OneOrMoreTexts]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -23,6 +24,7 @@ from truthgpt.attention.base import packed_arguments
 from truthgpt.data.base import IGNORED_LABEL, Batch, LossAndLogits
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.models.linear_cross_entropy import linear_cross_entropy
+from truthgpt.models.lora import ADAPTER_CONFIG
 from truthgpt.models.output_head import last_hidden_states, output_head
 from truthgpt.runtime.seeds import derive_seed
 
@@ -41,22 +43,33 @@ def transformers_attention(architecture: PreTrainedConfig) -> Literal["sdpa", "e
     return "eager" if model_class is not None and not model_class._supports_sdpa else "sdpa"
 
 
-def build_causal_lm(architecture: PreTrainedConfig, attention: str, seed: int) -> PreTrainedModel:
-    """A model with random float32 weights that depend on `architecture` and `seed` only.
+def build_causal_lm(
+    architecture: PreTrainedConfig, attention: str, seed: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A model with random weights that depend on the arguments only, and on the device when another than the CPU is
+    torch's default.
 
     Args:
         attention: name of an attention implementation transformers knows.
+        dtype: type the weights are made in.
     """
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "initial weights"))
-        model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
     return cast(PreTrainedModel, model)
 
 
 def load_causal_lm(
-    name_or_path: str, architecture: PreTrainedConfig, attention: str, trust_remote_code: bool
+    name_or_path: str,
+    architecture: PreTrainedConfig,
+    attention: str,
+    trust_remote_code: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """A pretrained model with float32 weights (the optimizer's master copy).
+    """A pretrained model.
+
+    Args:
+        dtype: type the weights are read in; float32 ones are the optimizer's master copy.
 
     Raises:
         ConfigError: no weights at `name_or_path`, or weights that do not fit `architecture`.
@@ -67,13 +80,15 @@ def load_causal_lm(
             config=architecture,
             output_loading_info=True,
             attn_implementation=attention,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         message = f"no weights can be loaded from {name_or_path!r}: {reason}"
         hint = "model.init: scratch starts from random weights"
+        if (Path(name_or_path) / ADAPTER_CONFIG).is_file():
+            hint = "it holds adapters, not a model: name their base, or merge them into it with peft first"
         raise ConfigError([Problem(key="model.name_or_path", message=message, suggestion=hint)]) from error
     for kind in ("missing_keys", "unexpected_keys"):
         names = sorted(report[kind])

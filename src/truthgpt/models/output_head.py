@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from truthgpt.models.linear_cross_entropy import OutputHead
+from truthgpt.runtime.precision import in_float32
 
 TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest one, that is put down to rounding."""
@@ -56,7 +57,7 @@ def head_completes_body(model: PreTrainedModel) -> bool:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_float32(model):
             whole = model(input_ids=ids, use_cache=False).logits
             parts = head.logits(last_hidden_states(model, input_ids=ids))
     finally:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+
+if TYPE_CHECKING:
+    from truthgpt.optim.adamw_kernel import Tables
 
 Rounding = Literal["master", "stochastic"]
 
@@ -22,7 +25,7 @@ class AdamW(torch.optim.Optimizer):
     state as they are, bit for bit, whatever the gradients hold. Gradients are not written to.
 
     Weights in bf16 lose updates smaller than a 256th of themselves. Either a float32 copy takes them (`master`, kept
-    in the state: 18 bytes a parameter with a bf16 gradient), or they are rounded up or down at random, in proportion to
+    in the state: 16 bytes a parameter with a bf16 gradient), or they are rounded up or down at random, in proportion to
     the distance, so that they are right in the mean (`stochastic`: 12 bytes; Zamirai et al. 2020, arXiv 2010.06192).
 
     Args:
@@ -58,6 +61,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._rounding = rounding
         self._seed = seed
+        self._tables: dict[int, Tables] = {}  # by parameter group
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -77,24 +81,24 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         place = 0
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             slots = []
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     slots.append(self._slot(parameter, place))
                 place += parameter.numel()
             if slots:
-                self._update(slots, group)
+                self._update(slots, group, index)
         return loss
 
-    def _update(self, slots: list[Slot], group: dict[str, Any]) -> None:
+    def _update(self, slots: list[Slot], group: dict[str, Any], group_index: int) -> None:
         device = slots[0].parameter.device
         skip: Tensor | None = getattr(self, "found_inf", None)
         scale: Tensor | None = getattr(self, "grad_scale", None)
         skip = torch.zeros((), device=device) if skip is None else skip.to(device).reshape(())
         scale = torch.ones((), device=device) if scale is None else scale.to(device).reshape(())
         steps = [slot.step for slot in slots]
-        torch._foreach_add_(steps, 1.0 - skip)  # a skipped step does not count
+        torch._foreach_add_(steps, [1.0 - skip] * len(steps))  # a skipped step does not count
         beta1, beta2 = group["betas"]
         # In float64: 1 - beta2 ** step begins at 0.001 and would lose digits that float32 does not have to spare.
         exact = steps[0].double()
@@ -112,9 +116,9 @@ class AdamW(torch.optim.Optimizer):
             noise_seed=self._seed % 2**31,
         )
         if device.type == "cuda":
-            from truthgpt.optim.adamw_kernel import update
+            from truthgpt.optim.adamw_kernel import Tables, update
 
-            update(slots, step)
+            update(slots, step, self._tables.setdefault(group_index, Tables()))
         else:
             for slot in slots:
                 _update_one(slot, step)

@@ -12,23 +12,43 @@ import triton.language as tl
 if TYPE_CHECKING:
     from truthgpt.optim.adamw import Slot, Step
 
-BLOCK = 2048
-WARPS = 8
+BLOCK = 1024
+WARPS = 4
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
-def update(slots: Sequence[Slot], step: Step) -> None:
+Kind = tuple[torch.dtype, torch.dtype, bool]
+"""Types of weight and gradient, and whether there is a float32 copy."""
+
+
+class Tables:
+    """The addresses of a group's tensors on the device, which mostly are those of the step before."""
+
+    def __init__(self) -> None:
+        self._last: dict[Kind, tuple[list[list[int]], torch.Tensor]] = {}
+
+    def on_device(self, kind: Kind, rows: list[list[int]], device: torch.device) -> torch.Tensor:
+        """`rows` as int64 `(8, tensors)`, sent only when they changed."""
+        if kind not in self._last or self._last[kind][0] != rows:
+            table = torch.tensor(rows, dtype=torch.int64).T.contiguous().pin_memory()
+            self._last[kind] = rows, table.to(device, non_blocking=True)
+        return self._last[kind][1]
+
+
+def update(slots: Sequence[Slot], step: Step, tables: Tables) -> None:
     """Update the parameters of `slots`, which lie on one device.
 
-    One launch for each kind (types, with a float32 copy or without): the kernel finds its tensors by their addresses,
-    so that the hundreds of small ones of a model cost no launch each.
+    One launch for each kind: the kernel finds its tensors by their addresses, so that the hundreds of small ones of a
+    model cost no launch each.
     """
-    kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[Slot]] = {}
+    kinds: dict[Kind, list[Slot]] = {}
     for slot in slots:
         kinds.setdefault((slot.parameter.dtype, slot.gradient.dtype, slot.master is not None), []).append(slot)
-    for (dtype, gradient_dtype, has_master), members in kinds.items():
+    for kind, members in kinds.items():
+        dtype, gradient_dtype, has_master = kind
         device = members[0].parameter.device
-        table, blocks = _table(members, device)
+        rows, blocks = _rows(members)
+        table = tables.on_device(kind, rows, device)
         with torch.cuda.device(device):
             _adamw[(blocks,)](
                 table, len(members), step.corrections, step.skip, step.scale,
@@ -39,10 +59,10 @@ def update(slots: Sequence[Slot], step: Step) -> None:
             )  # fmt: skip
 
 
-def _table(slots: Sequence[Slot], device: torch.device) -> tuple[torch.Tensor, int]:
-    """What the kernel knows of its tensors, int64 `(8, tensors)` on the device, and the number of blocks.
+def _rows(slots: Sequence[Slot]) -> tuple[list[list[int]], int]:
+    """What the kernel knows of each tensor, and the number of blocks.
 
-    Rows: addresses of weight, gradient, the two averages and the float32 copy (0: none), number of weights, first
+    Addresses of weight, gradient, the two averages and the float32 copy (0: none), number of weights, first
     block, and weights of the optimizer before this parameter.
     """
     rows: list[list[int]] = []
@@ -52,8 +72,7 @@ def _table(slots: Sequence[Slot], device: torch.device) -> tuple[torch.Tensor, i
         tensors = (slot.parameter, slot.gradient, slot.exp_avg, slot.exp_avg_sq)
         rows.append([*(tensor.data_ptr() for tensor in tensors), master, slot.parameter.numel(), blocks, slot.place])
         blocks += -(-slot.parameter.numel() // BLOCK)
-    table = torch.tensor(rows, dtype=torch.int64).T.contiguous().pin_memory()
-    return table.to(device, non_blocking=True), blocks
+    return rows, blocks
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -110,11 +110,6 @@ def _host_memory_bytes() -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@lru_cache(maxsize=1)
 def has_triton() -> bool:
-    """Whether Triton can be imported: PyTorch's CUDA builds for Linux bring it."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether Triton is installed: PyTorch's CUDA builds for Linux bring it."""
+    return importlib.util.find_spec("triton") is not None

@@ -39,7 +39,10 @@ class Fallbacks:
         """
         if self._strict:
             raise ConfigError(f"{part}: {wanted} cannot be used: {reason} (strict: true allows no fallback to {used})")
-        self._taken.append(Fallback(part, wanted, used, reason))
+        fallback = Fallback(part, wanted, used, reason)
+        if fallback in self._taken:  # said already, for example of the loader of the other split
+            return
+        self._taken.append(fallback)
         logger.warning("%s: using %s instead of %s: %s", part, used, wanted, reason)
 
     def to_json(self) -> list[dict[str, str]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.fallbacks import Fallbacks
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,49 @@ def hold_weights_in_bf16(model: torch.nn.Module, sum_in_float32: bool) -> Unscal
         if sum_in_float32 and parameter.requires_grad:
             parameter.grad_dtype = torch.float32
     return UnscaledPrecision("bf16", parameter.device, None)
+
+
+def hold_frozen_in_bf16(model: torch.nn.Module) -> UnscaledPrecision:
+    """`hold_weights_in_bf16` for the weights that are not trained; those that are keep their type."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.bfloat16()
+    return UnscaledPrecision("bf16", parameter.device, None)
+
+
+@contextmanager
+def in_float32(model: torch.nn.Module) -> Iterator[None]:
+    """`model` computes in float32 inside, though its weights are held in half precision, for probes that need it.
+
+    There is never a float32 copy of the whole: each of the repeated layers is cast while it computes. Afterwards the
+    weights are as they were, bit for bit.
+    """
+    layers = decoder_layers(model)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    own: dict[torch.nn.Parameter, Tensor] = {}
+
+    def cast(parameters: Iterable[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                own[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(parameters: Iterable[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter in own:
+                parameter.data = own.pop(parameter)
+
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: cast(layer.parameters())) for layer in layers]
+    hooks += [
+        layer.register_forward_hook(lambda layer, *_: restore(layer.parameters()), always_call=True) for layer in layers
+    ]
+    cast(parameter for parameter in model.parameters() if id(parameter) not in inside)
+    try:
+        yield
+    finally:
+        restore(list(own))
+        for hook in hooks:
+            hook.remove()
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -10,26 +10,35 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from truthgpt.models.lora import BASE_FOLDER, base_name, save_adapter_config, save_adapters
+from truthgpt.models.trained_weights import adapter_weights, base_state, load_trained_state
 from truthgpt.runtime.atomic_file import write_atomic
 
 _CARD = """---
-library_name: transformers
+library_name: {library}
 tags: [truthgpt]
 ---
 # {run_name}
 
-A {model_type} model with {parameters:,} parameters, trained with TruthGPT Optimization Core.
+{what}, trained with TruthGPT Optimization Core.
 
 - Data: {data}
 - Step: {step} (best {metric}: {best_metric})
 - Seed: {seed}
 
 ```python
-from transformers import {model_class}, {processor_class}
+{usage}```
+"""
+_USAGE = """from transformers import {model_class}, {processor_class}
 
 processor = {processor_class}.from_pretrained(".")
 model = {model_class}.from_pretrained(".")
-```
+"""
+_ADAPTER_USAGE = """from peft import PeftModel
+from transformers import {model_class}, {processor_class}
+
+processor = {processor_class}.from_pretrained(".")
+model = PeftModel.from_pretrained({model_class}.from_pretrained({base!r}), ".")
 """
 _TEXT_CLASSES = ("AutoModelForCausalLM", "AutoTokenizer")
 _IMAGE_CLASSES = ("AutoModelForImageClassification", "AutoImageProcessor")
@@ -52,9 +61,27 @@ class ModelCard:
     metric: str
     seed: int
 
+    def text(self, state: Mapping[str, Any], library: str, what: str, usage: str) -> str:
+        """The card of the model that the loop state `state` belongs to."""
+        facts = {"data": self.data, "metric": self.metric, "seed": self.seed, "run_name": self.run_name}
+        facts |= {"step": state["step"], "best_metric": state["best_metric"]}
+        return _CARD.format(library=library, what=what, usage=usage, **facts)
+
+
+class Artefacts(Protocol):
+    """Writes `model/` of a run directory."""
+
+    def save_description(self) -> None:
+        """All but the weights; before the first step."""
+        ...
+
+    def save_weights(self, state: Mapping[str, Any]) -> None:
+        """The model's present weights and its card; `state` is the loop state they belong to."""
+        ...
+
 
 class ModelArtefacts:
-    """Writes `model/` of a run directory, which transformers and vLLM load.
+    """Writes a whole model, which transformers and vLLM load.
 
     Args:
         folder: where to write.
@@ -76,40 +103,90 @@ class ModelArtefacts:
         self._safetensors = safetensors
 
     def save_description(self) -> None:
-        """Configuration, generation configuration and tokenizer or image processor; before the first step."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._model.config.architectures = [type(self._model).__name__]
-        self._model.config.save_pretrained(self._folder)
-        if self._model.can_generate() and self._model.generation_config is not None:
-            self._model.generation_config.save_pretrained(self._folder)
+        """Configuration, generation configuration and tokenizer or image processor."""
+        _save_description(self._model, self._folder)
         self._processor.save_pretrained(self._folder)
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
-        """The model's present weights and its card; `state` is the loop state they belong to."""
-        if self._safetensors:
-            self._model.save_pretrained(self._folder)
-        else:
-            self.save_description()
-            torch.save(self._model.state_dict(), self._folder / "pytorch_model.bin")
+        """See `Artefacts`."""
+        _save_model(self._model, self._folder, self._model.state_dict(), self._safetensors)
         model_class, processor_class = _TEXT_CLASSES if self._model.can_generate() else _IMAGE_CLASSES
-        card = _CARD.format(
-            model_class=model_class,
-            processor_class=processor_class,
-            run_name=self._card.run_name,
-            model_type=self._model.config.model_type,
-            parameters=self._model.num_parameters(),
-            data=self._card.data,
-            metric=self._card.metric,
-            seed=self._card.seed,
-            step=state["step"],
-            best_metric=state["best_metric"],
-        )
-        write_atomic(self._folder / "README.md", card)
+        what = f"A {self._model.config.model_type} model with {self._model.num_parameters():,} parameters"
+        usage = _USAGE.format(model_class=model_class, processor_class=processor_class)
+        write_atomic(self._folder / "README.md", self._card.text(state, "transformers", what, usage))
+
+
+class AdapterArtefacts:
+    """Writes the adapters of a model in peft's format, for `PeftModel.from_pretrained`.
+
+    Where the run itself made the base, from random weights, that is written too, below the adapters.
+
+    Args:
+        folder: where to write.
+        safetensors: weights as safetensors, else as peft's and transformers' `.bin` files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        processor: Processor,
+        card: ModelCard,
+        safetensors: bool,
+    ) -> None:
+        self._folder = folder
+        self._model = model
+        self._processor = processor
+        self._card = card
+        self._safetensors = safetensors
+        self._own_base = folder / BASE_FOLDER if base_name(model) is None else None
+
+    def save_description(self) -> None:
+        """The base's configuration, the adapters' one, generation configuration and tokenizer."""
+        _save_description(self._model, self._folder)
+        save_adapter_config(self._model, self._folder, self._base())
+        self._processor.save_pretrained(self._folder)
+
+    def save_weights(self, state: Mapping[str, Any]) -> None:
+        """See `Artefacts`."""
+        if self._own_base is not None:
+            self._own_base.mkdir(exist_ok=True)
+            _save_model(self._model, self._own_base, base_state(self._model), self._safetensors)
+        save_adapters(self._model, self._folder, self._safetensors)
+        model_class, processor_class = _TEXT_CLASSES
+        parameters = sum(weight.numel() for weight in adapter_weights(self._model).values())
+        what = f"Low-rank adapters (LoRA) of {parameters:,} parameters for a {self._model.config.model_type} model"
+        base = BASE_FOLDER if self._own_base is not None else self._base()
+        usage = _ADAPTER_USAGE.format(model_class=model_class, processor_class=processor_class, base=base)
+        write_atomic(self._folder / "README.md", self._card.text(state, "peft", what, usage))
+
+    def _base(self) -> str:
+        return str(base_name(self._model) if self._own_base is None else self._own_base.absolute())
+
+
+def _save_description(model: PreTrainedModel, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _save_model(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.Tensor], safetensors: bool) -> None:
+    if safetensors:
+        model.save_pretrained(folder, state_dict=dict(state))
+    else:
+        _save_description(model, folder)
+        torch.save(dict(state), folder / "pytorch_model.bin")
 
 
 def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any]) -> None:
-    """Put a checkpoint's final weights into `model`: the averaged ones where the run kept an average."""
-    model.load_state_dict(payload["model"])
+    """Put a checkpoint's final weights into `model`: the averaged ones where the run kept an average.
+
+    Raises:
+        CheckpointError: they are adapters on another base.
+    """
+    load_trained_state(model, payload["model"])
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, average in payload["ema"].items():

@@ -12,10 +12,12 @@ from torch import nn
 
 from truthgpt.data.base import Batch, GlobalBatch, LossAndLogits
 from truthgpt.errors import CheckpointError, NonFiniteError
+from truthgpt.models.trained_weights import check_adapters_are_reached, load_trained_state, trained_state
 from truthgpt.runtime.precision import Precision
 from truthgpt.runtime.seeds import seed_micro_batch
 from truthgpt.trainers.ema import WeightAverage
 from truthgpt.trainers.guards import NonFiniteGuard
+from truthgpt.trainers.micro_step import EagerMicroStep, GraphedMicroStep, MicroStep
 
 Objective = Callable[[Any, Batch], LossAndLogits]
 """`(model, batch) -> (loss sum, what computes the logits)`."""
@@ -31,6 +33,8 @@ class EngineSettings:
     seed: int
     max_grad_norm: float | None
     detect_anomaly: bool = False
+    cuda_graph: bool = False
+    """Record forward and backward once and replay them; for micro-batches of one shape on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class TrainEngine:
         self._settings = settings
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._micro_step = self._build_micro_step()
+        self._took_a_step = False
 
     @property
     def device(self) -> torch.device:
@@ -84,25 +90,31 @@ class TrainEngine:
 
         Raises:
             NonFiniteError: with `detect_anomaly`, naming the operation that made the first NaN.
+            ConfigError: in the first step, naming adapters that have no gradient.
         """
         self.model.train()
         self.set_learning_rate(step)
         loss_sum = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(batch.micro_batches):
             seed_micro_batch(self._settings.seed, step, index, rank=0)
-            loss_sum += self._backward(self.to_device(micro_batch), batch.tokens)
+            loss_sum += self._micro_step(micro_batch, batch.tokens, first=index == 0)
+        if not self._took_a_step:
+            check_adapters_are_reached(self.model)
+            self._took_a_step = True
         self.precision.unscale(self.optimizer)
         grad_norm = self._gradient_norm()
         self.precision.step(self.optimizer, self.guard.judge(loss_sum, grad_norm), self._clip(grad_norm))
-        self.optimizer.zero_grad(set_to_none=True)
+        self._micro_step.clear()
         self.ema.update(step + 1)
         return StepScalars(loss_sum, grad_norm)
 
-    def to_device(self, batch: Batch) -> Batch:
-        """The batch on the model's device; asynchronous from pinned memory."""
-        return {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
+    def _build_micro_step(self) -> MicroStep:
+        eager = EagerMicroStep(self._backward, self._parameters, self.device)
+        if not self._settings.cuda_graph:
+            return eager
+        return GraphedMicroStep(eager, self._backward, self._parameters, self.device)
 
-    def _backward(self, batch: Batch, tokens: int) -> torch.Tensor:
+    def _backward(self, batch: Batch, tokens: int | torch.Tensor) -> torch.Tensor:
         with self._anomaly_detection():
             with self.precision.autocast():
                 loss, _ = self.objective(self.model, batch)
@@ -141,7 +153,7 @@ class TrainEngine:
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint parts the engine owns: model, ema, optimizer, scheduler, scaler, rng."""
         return {
-            "model": self.model.state_dict(),
+            "model": trained_state(self.model),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"peak_learning_rates": self._peak_rates},
@@ -156,8 +168,8 @@ class TrainEngine:
         Raises:
             CheckpointError: the parts are of another model or optimizer, with the first difference.
         """
-        _refuse_other_model(self.model.state_dict(), state["model"])
-        self.model.load_state_dict(state["model"])
+        _refuse_other_model(trained_state(self.model), state["model"])
+        load_trained_state(self.model, state["model"])
         self._load_optimizer(state["optimizer"])
         try:
             self.ema.load_state_dict(state["ema"] or self._raw_weights())

@@ -1,0 +1,229 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) on a model of transformers.
+
+peft makes them, with its initial values, and its format is what they are saved in; the forward pass is ours
+(`adapted_linear`). It is an extra, and imported where it is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from truthgpt.errors import CheckpointError, ConfigError, Problem
+from truthgpt.models.adapted_linear import AdaptedLinear
+from truthgpt.models.trained_weights import adapter_weights, load_adapter_weights
+from truthgpt.runtime.seeds import derive_seed
+
+ALL_LINEAR = "all-linear"
+BASE_FOLDER = "base"
+"""Below the adapters of a run that made their base itself, its weights."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_NAME = "default"
+"""What peft calls an adapter that nobody named."""
+_PREFIX = "base_model.model."
+"""What peft puts before the names of the weights it saves."""
+_TARGETS = "model.lora.target_modules"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapters of a run; `target_modules` are endings of module names, or `all-linear` alone."""
+
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: Sequence[str]
+
+
+def require_peft() -> None:
+    """Raise ConfigError when peft cannot be imported."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        message = f"needs the package peft, which cannot be imported: {error}"
+        hint = "pip install 'truthgpt[lora]'"
+        raise ConfigError([Problem(key="model.lora.enabled", message=message, suggestion=hint)]) from error
+
+
+def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str | None, seed: int) -> None:
+    """Freeze `model` and put untrained adapters on its linear layers, in place; they change no output yet.
+
+    The adapters' weights are float32 whatever the base is in, and depend on `settings` and `seed` only.
+
+    Args:
+        base: where the base's weights can be loaded from, for whoever loads the adapters; None: nowhere yet.
+
+    Raises:
+        ConfigError: a target that the model has not, or one that peft cannot adapt.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=_targets(model, settings.target_modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "adapters"))
+        try:
+            _inject(model, config)
+        except ValueError as error:
+            message = f"peft cannot adapt this model: {' '.join(str(error).split())}"
+            raise ConfigError([Problem(key=_TARGETS, message=message, suggestion="list other layers")]) from error
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the linear layers, the output head left out."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def base_name(model: PreTrainedModel) -> str | None:
+    """Where the weights below the adapters of `model` can be loaded from; None: nowhere yet."""
+    base: str | None = _peft_config(model).base_model_name_or_path
+    return base
+
+
+def save_adapter_config(model: PreTrainedModel, folder: Path, base: str) -> None:
+    """Write peft's `adapter_config.json`, with `base` for where the base's weights are."""
+    config = copy.copy(_peft_config(model))
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set, in another order in every process
+    config.base_model_name_or_path = base
+    config.save_pretrained(str(folder))
+
+
+def save_adapters(model: PreTrainedModel, folder: Path, as_safetensors: bool) -> None:
+    """Write the adapters' present weights as `PeftModel.from_pretrained` reads them."""
+    weights = {f"{_PREFIX}{name}": value.cpu().contiguous() for name, value in adapter_weights(model).items()}
+    if as_safetensors:
+        safetensors.torch.save_file(weights, folder / ADAPTER_WEIGHT_FILES[0], metadata={"format": "pt"})
+    else:
+        torch.save(weights, folder / ADAPTER_WEIGHT_FILES[1])
+
+
+def base_of_adapters(folder: Path) -> str:
+    """Where the adapters in `folder` say that the weights of their base are.
+
+    Raises:
+        CheckpointError: they do not say.
+    """
+    base: str | None = _read_config(folder).get("base_model_name_or_path")
+    if base is None:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+    return base
+
+
+def add_saved_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Put adapters of the shape of those saved in `folder` on `model`, in place; their weights are not loaded yet.
+
+    Raises:
+        CheckpointError: they are not plain LoRA adapters of linear layers of this model.
+    """
+    from peft import get_peft_config
+
+    try:
+        config = get_peft_config({**_read_config(folder), "inference_mode": False})  # as they were trained
+        _inject(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the adapters in {folder} cannot be put on their base model: {reason}") from error
+
+
+def load_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Put the adapters saved in `folder` on `model`, in place.
+
+    Raises:
+        CheckpointError: see `add_saved_adapters`; or their weights are missing, or of another shape.
+    """
+    add_saved_adapters(model, folder)
+    newer, older = (folder / name for name in ADAPTER_WEIGHT_FILES)
+    path = older if older.is_file() and not newer.is_file() else newer
+    try:
+        if path is newer:
+            saved = safetensors.torch.load_file(path)
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        load_adapter_weights(model, {name.removeprefix(_PREFIX): value for name, value in saved.items()})
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"the adapters in {path} cannot be loaded: {error}") from error
+
+
+def _targets(model: PreTrainedModel, endings: Sequence[str]) -> list[str]:
+    """Full names of the layers to adapt. Not peft's own `all-linear`: it takes in stacks of experts."""
+    names = linear_layers(model)
+    if list(endings) == [ALL_LINEAR]:
+        return names
+    found, problems = set(), []
+    last_parts = sorted({name.rpartition(".")[2] for name in names})
+    for ending in endings:
+        matching = [name for name in names if name == ending or name.endswith(f".{ending}")]
+        found.update(matching)
+        if not matching:
+            near = difflib.get_close_matches(ending, [ALL_LINEAR, *last_parts], n=1)
+            message = f"no linear layer of {type(model).__name__} is called {ending!r}; there are: "
+            hint = f"did you mean {near[0]}?" if near else f"or leave it out: {ALL_LINEAR} takes all of them"
+            problems.append(Problem(key=_TARGETS, message=message + ", ".join(last_parts), suggestion=hint))
+    if problems:
+        raise ConfigError(problems)
+    return [name for name in names if name in found]
+
+
+def _inject(model: PreTrainedModel, config: Any) -> None:
+    """Let peft add its layers, and put ours in their places.
+
+    Raises:
+        ValueError: peft cannot, or what it adds is more than plain LoRA on linear layers.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import Linear, LoraLayer
+
+    with warnings.catch_warnings():
+        # It corrects `fan_in_fan_out` by the kind of every layer, and says so every time.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        inject_adapter_in_model(config, model)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, LoraLayer):
+            continue
+        plain = type(layer) is Linear and _NAME not in layer.lora_variant and not layer.lora_bias[_NAME]
+        if not plain:
+            raise ValueError(f"{name} would be more than a linear layer with a plain LoRA adapter")
+        adapted = AdaptedLinear(
+            layer.get_base_layer(),
+            layer.lora_A[_NAME].float(),
+            layer.lora_B[_NAME].float(),
+            layer.lora_dropout[_NAME],
+            layer.scaling[_NAME],
+        )
+        model.set_submodule(name, adapted.train(layer.training))
+
+
+def _peft_config(model: PreTrainedModel) -> Any:
+    """What the adapters of `model` were made with; peft leaves it there."""
+    return model.peft_config[_NAME]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+    return config

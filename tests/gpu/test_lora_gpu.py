@@ -1,0 +1,193 @@
+"""Adapters on a GPU: no float32 copy of the base, whole compiled layers, no waiting in a step, exact resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.attention.packed_models import model_of
+from tests.gpu.test_train_gpu import LLAMA, LOSS_NOISE, PACKED, gpu_trainer, losses
+from tests.models.adapted_models import SHAPES, adapted, by_peft, error_of_all, loss_and_gradients, settings
+from tests.sample_data import write_sources
+from tests.test_resume import equal, final_checkpoint
+from torch._dynamo.utils import counters
+
+from truthgpt.errors import Preempted
+from truthgpt.load_model import load_model
+from truthgpt.models.causal_lm import build_causal_lm
+from truthgpt.models.trained_weights import adapter_weights
+from truthgpt.runtime.compile import decoder_layers
+from truthgpt.runtime.precision import hold_frozen_in_bf16
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+LORA = ("model.lora.enabled=true", "model.lora.dropout=0.0", "training.mixed_precision=bf16")
+COMPILED = "training.torch_compile=true"
+needs_compiler = pytest.mark.skipif(
+    shutil.which("gcc") is None and shutil.which("cc") is None, reason="triton needs a C compiler"
+)
+BIG = (
+    "{model_type: llama, hidden_size: 1024, intermediate_size: 4096, num_hidden_layers: 12, num_attention_heads: 16, "
+    "num_key_value_heads: 16, max_position_embeddings: 64}"
+)
+"""202 million weights: 0.4 GB in bf16, 0.8 GB in float32; a layer has 17 million."""
+
+
+@pytest.mark.parametrize("data", [(), PACKED], ids=["joined", "packed"])
+def test_learns_as_on_a_cpu(tmp_path: Path, data: tuple[str, ...]) -> None:
+    """The base is pretrained, so that both have the same."""
+    write_sources(tmp_path)
+    chosen = ("model.lora.enabled=true", "model.lora.dropout=0.0", "training.learning_rate=3e-3")
+    base = ("model.init=auto", f"model.name_or_path={save_base(tmp_path)}", "model.config={}", "model.tokenizer={}")
+    data = tuple(each for each in data if not each.startswith("model."))
+    exact = losses(tmp_path, "cpu", *chosen, *base, *data, "training.mixed_precision=none", "hardware.device=cpu")
+    rough = losses(tmp_path, "gpu", *chosen, *base, *data, "training.mixed_precision=bf16")
+    assert exact[-1] < exact[0] - 0.1
+    assert rough == pytest.approx(exact, rel=LOSS_NOISE)
+
+
+def save_base(folder: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from truthgpt.models.tokenizer import byte_tokenizer
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=64, vocab_size=257)
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    return folder / "base"
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("family", SHAPES)
+def test_gradients_are_pefts(family: str, compiled: bool) -> None:
+    base = model_of(SHAPES[family], "sdpa").to(DEVICE)
+    hold_frozen_in_bf16(base.requires_grad_(False))
+    ours = adapted(base, settings())
+    for weight in adapter_weights(ours).values():
+        weight.mul_(0.25)
+    theirs, exact = by_peft(base, ours, settings()), by_peft(base.float(), ours, settings())
+    if compiled:
+        for layer in decoder_layers(ours):
+            layer.compile(fullgraph=True, dynamic=False)
+    truth = loss_and_gradients(exact)
+    own, peft = (error_of_all(loss_and_gradients(model), truth) for model in (ours, theirs))
+    assert own < 1.5 * peft and own < 0.03
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_base_is_never_in_float32(tmp_path: Path, compiled: bool) -> None:
+    """Made, probed, compiled and trained on in about two bytes a weight and what a layer takes."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    trainer = gpu_trainer(
+        tmp_path, "run", *LORA, f"model.config={BIG}", f"training.torch_compile={str(compiled).lower()}"
+    )
+    model = trainer.parts.engine.model
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert frozen > 200e6 and {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    built = torch.cuda.max_memory_allocated() - before
+    layer = 17e6 * 4
+    assert built < 2 * frozen + 8 * trained + layer + 80e6, f"{built / frozen:.2f} bytes a weight"
+    for step, batch in enumerate(islice(trainer.parts.loader.batches(), 3)):
+        trainer.parts.engine.train_step(batch, step)
+    held = torch.cuda.memory_allocated() - before
+    assert held < 2 * frozen + 20 * trained + 80e6, f"{held / frozen:.2f} bytes a weight after a step"
+
+
+@needs_compiler
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("data", [(f"model.config={LLAMA}",), PACKED, ()], ids=["joined", "packed", "gpt2"])
+def test_whole_layers_are_compiled_once(tmp_path: Path, data: tuple[str, ...], accumulation: int) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    chosen = (*LORA, COMPILED, *data, f"training.grad_accum_steps={accumulation}")
+    trainer = gpu_trainer(tmp_path, "run", *chosen)
+    assert json.loads((tmp_path / "run/environment.json").read_text())["fallbacks"] == []
+    assert not counters["graph_break"], counters["graph_break"]
+    batches = list(islice(trainer.parts.loader.batches(), 6))
+    trainer.parts.engine.train_step(batches[0], 0)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 2, "one for the first layer, whose input needs no gradient, one for the others"
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, batch in enumerate(batches[1:], 1):
+            trainer.parts.engine.train_step(batch, step)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_losses_are_those_of_operations(tmp_path: Path, mode: str) -> None:
+    chosen = (*LORA, f"model.config={LLAMA}", "training.learning_rate=3e-3")
+    eager = losses(tmp_path, "eager", *chosen, "training.torch_compile=false")
+    compiled = losses(tmp_path, "compiled", *chosen, COMPILED, f"training.compile_mode={mode}")
+    assert eager[-1] < eager[0] - 0.1 and compiled == pytest.approx(eager, rel=LOSS_NOISE)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_never_waits_for_the_device(tmp_path: Path, dropout: float) -> None:
+    trainer = gpu_trainer(tmp_path, "run", *LORA, f"model.lora.dropout={dropout}", *PACKED)
+    engine = trainer.parts.engine
+    batches = list(islice(trainer.parts.loader.batches(), 6))
+    for step, batch in enumerate(batches[:3]):
+        engine.train_step(batch, step)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step, batch in enumerate(batches[3:], 3):
+            engine.train_step(batch, step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_resume_is_exact_in_deterministic_mode(tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    shape = (*LORA, "model.lora.dropout=0.1", "hardware.deterministic=true", "training.eval_interval=20")
+    gpu_trainer(tmp_path, "straight", *shape).train()
+    first = gpu_trainer(tmp_path, "resumed", *shape)
+    train_step = first.parts.engine.train_step
+
+    def stop_at_17(batch: Any, step: int) -> Any:
+        if step == 16:
+            first.parts.stop.requested, first.parts.stop.name = True, "SIGTERM"
+        return train_step(batch, step)
+
+    first.parts.engine.train_step = stop_at_17  # type: ignore[method-assign]
+    with pytest.raises(Preempted, match="after step 17"):
+        first.train()
+    second = gpu_trainer(tmp_path, "resumed", *shape, "resume.enabled=true")
+    assert second.state.step == 17
+    second.train()
+    equal(*(final_checkpoint(tmp_path / name, 40) for name in ("straight", "resumed")))
+
+
+def test_model_of_a_gpu_is_used_on_a_cpu(tmp_path: Path) -> None:
+    """The base that the run made on the GPU is saved, and is the one its checkpoints are of."""
+    gpu_trainer(tmp_path, "run", *LORA, f"model.config={LLAMA}", "training.max_steps=3").train()
+    ids = torch.tensor([list(b"the cat")])
+    logits = [
+        load_model(tmp_path / name, torch.device("cpu")).model(input_ids=ids).logits
+        for name in ("run", "run/checkpoints/last.pt")
+    ]
+    assert torch.equal(*logits)
+
+
+def test_random_base_depends_on_the_seed_only() -> None:
+    architecture = model_of(SHAPES["llama"]).config
+    made = []
+    for seed in (1, 1, 2):
+        before = torch.cuda.get_rng_state()
+        with DEVICE:
+            made.append(build_causal_lm(architecture, "sdpa", seed, torch.bfloat16))
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+    weights = [next(model.parameters()) for model in made]
+    assert weights[0].is_cuda and weights[0].dtype == torch.bfloat16
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
