@@ -25,6 +25,8 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 PAGES = sorted(
     path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
 )
+FINE_TUNING = ("finetune", "performance_max")
+"""Presets that need a model and data."""
 RUNNABLE = [page for page in PAGES if FENCE.search((ROOT / page).read_text(encoding="utf-8"))]
 CONFIGS = sorted(
     path.relative_to(ROOT)
@@ -159,14 +161,14 @@ def test_components_of_the_documentation_do_their_work(cli: Cli) -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_preset_is_valid(name: str) -> None:
-    needed = ("model.name_or_path=gpt2", "data.path=train.jsonl") if name == "finetune" else ()
+    needed = ("model.name_or_path=gpt2", "data.path=train.jsonl") if name in FINE_TUNING else ()
     assert load_config(name, needed).seed == 42
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_shipped_yaml_is_valid(cli: Cli, path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
-    needed = ["model.name_or_path=gpt2", "data.path=train.jsonl"] if path.stem == "finetune" else []
+    needed = ["model.name_or_path=gpt2", "data.path=train.jsonl"] if path.stem in FINE_TUNING else []
     plugins = re.findall(r"(--plugin \S+)", text)
     cli.folder.joinpath("examples").symlink_to(ROOT / "examples")
     finished = cli(

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-TUNED = ("ema.enabled=false", "training.torch_compile=true")
+TUNED = (
+    *("ema.enabled=false", "training.torch_compile=true"),
+    *("training.weights=bf16_master", "training.compile_mode=reduce-overhead"),
+)
 """Our settings where the peer is tuned too; peers keep no average of the weights."""
 
 
