@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import flow
 from truthgpt.errors import Problem
 
@@ -45,6 +44,8 @@ class Changes:
 
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """Compare two resolved configurations (nested mappings), key by key."""
+    from truthgpt.config.schema import Config  # here: pydantic takes a third of the time a command may take to start
+
     before, after, defaults = _flatten(old), _flatten(new), _flatten(Config().model_dump(mode="json"))
     known = tuple(key.partition("[")[0] for key in before)
     refused, said = [], []
