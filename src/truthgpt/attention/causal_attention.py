@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.library import custom_op
 
 from truthgpt.attention.base import document_spans
 
@@ -53,7 +54,7 @@ def _row_spans(batch: int, length: int, device: torch.device) -> torch.Tensor:
     return spans
 
 
-@torch.library.custom_op(
+@custom_op(
     "truthgpt::causal_attention",
     mutates_args=(),
     device_types="cuda",
@@ -90,7 +91,7 @@ def _(
     return output, query.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-@torch.library.custom_op(
+@custom_op(
     "truthgpt::causal_attention_backward",
     mutates_args=(),
     device_types="cuda",
