@@ -367,6 +367,9 @@ TABLE: dict[str, Shows | Refused] = {
         built(lambda c: (first_weight(c), c.fallbacks.to_json())),
         ("training.mixed_precision=bf16",),
     ),
+    "training.float8": Shows(
+        "training.float8=tensorwise", built(lambda c: c.fallbacks.to_json()), ("training.mixed_precision=bf16",)
+    ),
     "training.early_stopping_patience": Shows("training.early_stopping_patience=2", steps_with("loss"), STUCK),
     "training.allow_tf32": Shows("training.allow_tf32=false", passed_to(truthgpt.build, "configure_backends", 1)),
     "training.torch_compile": Shows("training.torch_compile=true", compilation(None)),

@@ -304,6 +304,15 @@ IMAGES = [
         ([*IMAGES, "eval.metrics=[ppl, bits_per_byte]"], "eval.metrics[1]", "is for text"),
         ([*IMAGES, "model.lora.enabled=true"], "model.lora.enabled", "the task is image_classification"),
         ([*IMAGES, "data.source=text"], "data.source", "text has no images"),
+        (["training.float8=rowwise"], "training.float8", "is for mixed_precision: bf16; it is none"),
+        (
+            ["training.float8=rowwise", "training.mixed_precision=bf16", "model.lora.enabled=true"],
+            *("training.float8", "is for training all weights"),
+        ),
+        (
+            [*IMAGES, "training.float8=tensorwise", "training.mixed_precision=bf16"],
+            *("training.float8", "the task is image_classification"),
+        ),
         (["model.init=pretrained"], "model.name_or_path", "missing"),
         (["model.config={}"], "model.config.model_type", "missing"),
         (["model={init: scratch}"], "model.config.model_type", "missing"),

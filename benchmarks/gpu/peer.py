@@ -103,20 +103,18 @@ def build_peer(arguments: Arguments, rows: int | None, bf16_weights: bool) -> Pe
 
 
 def _build_model(config: Config, tokenizer: PreTrainedTokenizerFast, device: torch.device, lora: bool) -> Any:
-    """The model that we train, with transformers' own attention and the weights that our seed gives.
+    """The model that we train, with transformers' own attention and the weights that our seed gives on this device.
 
-    With adapters, peft's in its defaults on a frozen bf16 model, whose random weights are made on the GPU: on the CPU
-    eight billion of them take minutes.
+    With adapters, peft's in its defaults on a frozen bf16 model.
     """
     architecture = load_architecture(None, config.model.config, False)
     fit_vocabulary(architecture, tokenizer, config.model.config.get("vocab_size"))
+    with device:
+        model = build_causal_lm(architecture, "sdpa", config.seed, torch.bfloat16 if lora else torch.float32)
     if not lora:
-        return build_causal_lm(architecture, "sdpa", config.seed).to(device)
+        return model
     from peft import LoraConfig, get_peft_model
 
-    with torch.device(device):
-        model = build_causal_lm(architecture, "sdpa", config.seed)
-    _to_bf16(model)
     wanted = config.model.lora
     adapters = LoraConfig(
         r=wanted.r,

@@ -62,10 +62,11 @@ def compile_cache(folder: Path) -> dict[str, str]:
 
 
 def gpu_state() -> dict[str, str] | None:
-    """Clocks, temperature and power of the first GPU now; None without one."""
+    """Clocks, temperature and power of the first visible GPU now; None without one."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIGURES)}", "--format=csv,noheader"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    query = ["nvidia-smi", f"--id={first}", f"--query-gpu={','.join(_GPU_FIGURES)}", "--format=csv,noheader"]
     finished = subprocess.run(query, capture_output=True, text=True)
     if finished.returncode or not finished.stdout.strip():
         return None

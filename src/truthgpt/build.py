@@ -36,9 +36,10 @@ from truthgpt.models.image_classifier import image_classification_loss
 from truthgpt.models.image_processor import pixel_format_of
 from truthgpt.models.trained_weights import has_adapters
 from truthgpt.optim.groups import parameter_groups
-from truthgpt.runtime.compile import can_replay, compile_layers, compile_pays, estimated_run_s
+from truthgpt.runtime.compile import can_replay, compile_layers, compile_pays, decoder_layers, estimated_run_s
 from truthgpt.runtime.device import choose_device, configure_backends
 from truthgpt.runtime.fallbacks import Fallbacks
+from truthgpt.runtime.float8 import Recipe, float8_obstacle, multiply_in_float8
 from truthgpt.runtime.flops import peak_flops
 from truthgpt.runtime.precision import Precision, choose_precision, hold_frozen_in_bf16, hold_weights_in_bf16
 from truthgpt.task import TaskParts
@@ -213,11 +214,15 @@ def _build_callbacks(config: Config, fallbacks: Fallbacks) -> list[tuple[str, ob
 
 
 def _compile(config: Config, task: TaskParts, precision: Precision, max_steps: int, fallbacks: Fallbacks) -> bool:
-    """Compile the layers, when that pays; whether forward and backward are to be replayed as a CUDA graph."""
+    """Compile the layers, when that pays, with their products in float8 where that is asked for; whether forward and
+    backward are to be replayed as a CUDA graph."""
     training, model = config.training, task.model
     run_flops = max_steps * task.tokens_per_step * (task.flops_per_token or 0.0)
     eager_run_s = estimated_run_s(run_flops, peak_flops(model.device, precision.name))
-    if not compile_pays(training.torch_compile, model.device, eager_run_s):
+    compiled = compile_pays(training.torch_compile, model.device, eager_run_s)
+    if training.float8 != "none":
+        _multiply_in_float8(training.float8, model, compiled, precision, fallbacks)
+    if not compiled:
         return False
     mode, graph = training.compile_mode, training.compile_mode == "reduce-overhead"
     if graph:
@@ -233,6 +238,20 @@ def _compile(config: Config, task: TaskParts, precision: Precision, max_steps: i
 
     compile_layers(model, mode, task.fixed_shapes, probe, fallbacks)
     return graph
+
+
+def _multiply_in_float8(
+    recipe: Recipe, model: PreTrainedModel, compiled: bool, precision: Precision, fallbacks: Fallbacks
+) -> None:
+    reason = float8_obstacle(model.device)
+    if reason is None and precision.name != "bf16":
+        reason = f"the run computes in {precision.name}"
+    if reason is None and not compiled:
+        reason = "its casts are slow in layers that are not compiled (training.torch_compile)"
+    if reason is None and not multiply_in_float8(decoder_layers(model), recipe):
+        reason = "no linear layer of the model has sizes that float8 takes"
+    if reason is not None:
+        fallbacks.take("training.float8", recipe, "none", reason)
 
 
 def _build_optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -96,8 +95,8 @@ def _build_model(
 ) -> PreTrainedModel:
     """With transformers' own attention; the backend takes its place once it is probed.
 
-    A model that is to be frozen is in the run's precision from the start, and a random one made on the device: there is
-    no copy of it in float32, which nobody would need.
+    A random model is made on the device: a billion weights take 12 s on a CPU and next to nothing on a GPU. One that is
+    to be frozen is in the run's precision from the start: there is no copy of it in float32, which nobody would need.
     """
     wanted, attention, frozen = config.model, transformers_attention(architecture), config.model.lora.enabled
     dtype = torch.bfloat16 if frozen and precision.name == "bf16" else torch.float32
@@ -107,7 +106,7 @@ def _build_model(
         model = load_causal_lm(base, architecture, attention, wanted.trust_remote_code, dtype)
     else:
         fit_vocabulary(architecture, tokenizer, wanted.config.get("vocab_size"))
-        with device if frozen else nullcontext():
+        with device:
             model = build_causal_lm(architecture, attention, config.seed, dtype)
     set_generation_defaults(model, tokenizer)
     return model.to(device)

@@ -68,6 +68,7 @@ def _model_rules(config: Config) -> Iterator[Broken]:
         message = "is not read by kv_cache.type: none"
         yield Broken(("model", "kv_cache", "block_size"), message, "leave it out", (("model", "kv_cache", "type"),))
     yield from _weight_rules(config)
+    yield from _float8_rules(config)
     yield from _lora_rules(model)
 
 
@@ -97,6 +98,20 @@ def _weight_rules(config: Config) -> Iterator[Broken]:
     if optimizer in OPTIMIZERS and not accepts(OPTIMIZERS.entry(optimizer).build, "weights"):
         message = f"{weights} needs an optimizer that keeps such weights; {optimizer} does not"
         yield Broken(path, message, "set weights: float32, or optimizer.type: adamw", (("optimizer", "type"),))
+
+
+def _float8_rules(config: Config) -> Iterator[Broken]:
+    float8, path, fix = config.training.float8, ("training", "float8"), "set float8: none"
+    if float8 == "none":
+        return
+    if config.training.mixed_precision != "bf16":
+        message = f"{float8} is for mixed_precision: bf16; it is {config.training.mixed_precision}"
+        yield Broken(path, message, fix, (("training", "mixed_precision"),))
+    if config.model.lora.enabled:
+        message = f"{float8} is for training all weights; model.lora.enabled is true"
+        yield Broken(path, message, fix, (("model", "lora", "enabled"),))
+    if config.model.task == _IMAGES:
+        yield Broken(path, f"{float8} is for task: causal_lm; the task is {_IMAGES}", fix, (("model", "task"),))
 
 
 # --- the data: which keys its sources read ---------------------------------------------------------------------------

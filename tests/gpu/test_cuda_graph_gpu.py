@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.gpu.test_train_gpu import GPU, LLAMA, losses, rows
+from tests.gpu.gpu_runs import GPU, LLAMA, losses, rows
 from tests.sample_data import write_sources
 from tests.test_build import build_small_trainer
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-import shutil
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tests.attention.packed_models import model_of
-from tests.gpu.test_train_gpu import LLAMA, LOSS_NOISE, PACKED, gpu_trainer, losses
+from tests.gpu.gpu_runs import (
+    LLAMA,
+    LOSS_NOISE,
+    PACKED,
+    PACKED_ROWS,
+    gpu_trainer,
+    losses,
+    needs_compiler,
+    pretrained_llama,
+    train_straight_and_resumed,
+)
 from tests.models.adapted_models import SHAPES, adapted, by_peft, error_of_all, loss_and_gradients, settings
-from tests.sample_data import write_sources
 from tests.test_resume import equal, final_checkpoint
 from torch._dynamo.utils import counters
 
-from truthgpt.errors import Preempted
 from truthgpt.load_model import load_model
 from truthgpt.models.causal_lm import build_causal_lm
 from truthgpt.models.trained_weights import adapter_weights
@@ -28,9 +34,6 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 LORA = ("model.lora.enabled=true", "model.lora.dropout=0.0", "training.mixed_precision=bf16")
 COMPILED = "training.torch_compile=true"
-needs_compiler = pytest.mark.skipif(
-    shutil.which("gcc") is None and shutil.which("cc") is None, reason="triton needs a C compiler"
-)
 BIG = (
     "{model_type: llama, hidden_size: 1024, intermediate_size: 4096, num_hidden_layers: 12, num_attention_heads: 16, "
     "num_key_value_heads: 16, max_position_embeddings: 64}"
@@ -38,30 +41,14 @@ BIG = (
 """202 million weights: 0.4 GB in bf16, 0.8 GB in float32; a layer has 17 million."""
 
 
-@pytest.mark.parametrize("data", [(), PACKED], ids=["joined", "packed"])
+@pytest.mark.parametrize("data", [(), PACKED_ROWS], ids=["joined", "packed"])
 def test_learns_as_on_a_cpu(tmp_path: Path, data: tuple[str, ...]) -> None:
-    """The base is pretrained, so that both have the same."""
-    write_sources(tmp_path)
     chosen = ("model.lora.enabled=true", "model.lora.dropout=0.0", "training.learning_rate=3e-3")
-    base = ("model.init=auto", f"model.name_or_path={save_base(tmp_path)}", "model.config={}", "model.tokenizer={}")
-    data = tuple(each for each in data if not each.startswith("model."))
+    base = pretrained_llama(tmp_path)
     exact = losses(tmp_path, "cpu", *chosen, *base, *data, "training.mixed_precision=none", "hardware.device=cpu")
     rough = losses(tmp_path, "gpu", *chosen, *base, *data, "training.mixed_precision=bf16")
     assert exact[-1] < exact[0] - 0.1
     assert rough == pytest.approx(exact, rel=LOSS_NOISE)
-
-
-def save_base(folder: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from truthgpt.models.tokenizer import byte_tokenizer
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=64, vocab_size=257)
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
-    return folder / "base"
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
@@ -149,23 +136,8 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, dropout: float) -> No
 
 
 def test_resume_is_exact_in_deterministic_mode(tmp_path: Path) -> None:
-    write_sources(tmp_path)
     shape = (*LORA, "model.lora.dropout=0.1", "hardware.deterministic=true", "training.eval_interval=20")
-    gpu_trainer(tmp_path, "straight", *shape).train()
-    first = gpu_trainer(tmp_path, "resumed", *shape)
-    train_step = first.parts.engine.train_step
-
-    def stop_at_17(batch: Any, step: int) -> Any:
-        if step == 16:
-            first.parts.stop.requested, first.parts.stop.name = True, "SIGTERM"
-        return train_step(batch, step)
-
-    first.parts.engine.train_step = stop_at_17  # type: ignore[method-assign]
-    with pytest.raises(Preempted, match="after step 17"):
-        first.train()
-    second = gpu_trainer(tmp_path, "resumed", *shape, "resume.enabled=true")
-    assert second.state.step == 17
-    second.train()
+    train_straight_and_resumed(tmp_path, *shape)
     equal(*(final_checkpoint(tmp_path / name, 40) for name in ("straight", "resumed")))
 
 

@@ -5,49 +5,35 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tests.sample_data import write_sources
+from tests.gpu.gpu_runs import (
+    LLAMA,
+    LOSS_NOISE,
+    PACKED,
+    PACKED_ROWS,
+    gpu_trainer,
+    losses,
+    needs_compiler,
+    pretrained_llama,
+    rows,
+    train_straight_and_resumed,
+)
 from tests.test_build import build_small_trainer
 from tests.test_resume import equal, final_checkpoint, log_rows
 from torch import nn
 
 from truthgpt.data.base import Batch
-from truthgpt.errors import NonFiniteError, Preempted
+from truthgpt.errors import NonFiniteError
 from truthgpt.models.causal_lm import causal_lm_loss
 from truthgpt.runtime.flops import peak_flops
-from truthgpt.trainers.trainer import GenericTrainer
 
 pytestmark = pytest.mark.gpu
 # cuBLAS reads it once, at its first use in the process, which may be in any of these tests.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-LLAMA = (
-    "{model_type: llama, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 3, num_attention_heads: 4, "
-    "num_key_value_heads: 2, max_position_embeddings: 64}"
-)
-GPU = ("hardware.device=cuda", "training.eval_interval=1000", "checkpoint.interval_steps=1000")
-PACKED = ("data.source=jsonl", "data.packing=true", f"model.config={LLAMA}")
-LOSS_NOISE = 0.03
-"""Relative: bf16 keeps three digits, and twenty steps carry its errors on."""
-
-
-def gpu_trainer(folder: Path, name: str, *overrides: str) -> GenericTrainer:
-    return build_small_trainer(folder, f"output_dir={folder / name}", *GPU, *overrides)
-
-
-def losses(folder: Path, name: str, *overrides: str) -> list[float]:
-    gpu_trainer(folder, name, "training.max_steps=20", *overrides).train()
-    return [row["loss"] for row in rows(folder / name) if "loss" in row]
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("model", [None, LLAMA], ids=["gpt2", "llama"])
@@ -74,41 +60,25 @@ def test_precisions_agree(tmp_path: Path) -> None:
 
 
 def test_packed_rows_give_the_losses_of_a_cpu(tmp_path: Path) -> None:
-    exact = losses(tmp_path, "cpu", "training.mixed_precision=none", *PACKED, "hardware.device=cpu")
+    chosen = (*pretrained_llama(tmp_path), *PACKED_ROWS)
+    exact = losses(tmp_path, "cpu", "training.mixed_precision=none", *chosen, "hardware.device=cpu")
     for precision in ("none", "bf16"):
-        rough = losses(tmp_path, precision, f"training.mixed_precision={precision}", *PACKED)
+        rough = losses(tmp_path, precision, f"training.mixed_precision={precision}", *chosen)
         assert rough == pytest.approx(exact, rel=LOSS_NOISE), precision
 
 
 def test_gpu_agrees_with_cpu(tmp_path: Path) -> None:
-    exact = ("training.mixed_precision=none", "training.allow_tf32=false", f"model.config={LLAMA}")
+    exact = ("training.mixed_precision=none", "training.allow_tf32=false", *pretrained_llama(tmp_path))
     on_gpu = losses(tmp_path, "gpu", *exact)
-    build_small_trainer(tmp_path, f"output_dir={tmp_path / 'cpu'}", *exact, "training.max_steps=20").train()
-    on_cpu = [row["loss"] for row in rows(tmp_path / "cpu") if "loss" in row]
-    assert on_gpu == pytest.approx(on_cpu, rel=2e-3)
+    assert on_gpu == pytest.approx(losses(tmp_path, "cpu", *exact, "hardware.device=cpu"), rel=2e-3)
 
 
 @pytest.mark.parametrize("data", [(), PACKED], ids=["joined", "packed"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "none"])
 def test_resume_is_exact_in_deterministic_mode(tmp_path: Path, precision: str, data: tuple[str, ...]) -> None:
     """40 steps at once, and 17 + 23: weights, optimizer, average, scale and the log, bit for bit. With dropout."""
-    write_sources(tmp_path)
     shape = (f"training.mixed_precision={precision}", "hardware.deterministic=true", "training.eval_interval=20", *data)
-    gpu_trainer(tmp_path, "straight", *shape).train()
-    first = gpu_trainer(tmp_path, "resumed", *shape)
-    train_step = first.parts.engine.train_step
-
-    def stop_at_17(batch: Any, step: int) -> Any:
-        if step == 16:
-            first.parts.stop.requested, first.parts.stop.name = True, "SIGTERM"
-        return train_step(batch, step)
-
-    first.parts.engine.train_step = stop_at_17  # type: ignore[method-assign]
-    with pytest.raises(Preempted, match="after step 17"):
-        first.train()
-    second = gpu_trainer(tmp_path, "resumed", *shape, "resume.enabled=true")
-    assert second.state.step == 17
-    second.train()
+    train_straight_and_resumed(tmp_path, *shape)
     equal(*(final_checkpoint(tmp_path / name, 40) for name in ("straight", "resumed")))
     without_memory = [
         [{key: value for key, value in row.items() if key not in ("peak_memory_bytes", "mfu")} for row in log_rows(run)]
@@ -117,7 +87,7 @@ def test_resume_is_exact_in_deterministic_mode(tmp_path: Path, precision: str, d
     assert without_memory[0] == without_memory[1]
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("cc") is None, reason="triton needs a C compiler")
+@needs_compiler
 @pytest.mark.parametrize("precision", ["bf16", "none"])
 def test_compiled_layers_match_eager(tmp_path: Path, precision: str) -> None:
     shape = (f"training.mixed_precision={precision}", f"model.config={LLAMA}")

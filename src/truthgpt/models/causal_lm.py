@@ -46,8 +46,7 @@ def transformers_attention(architecture: PreTrainedConfig) -> Literal["sdpa", "e
 def build_causal_lm(
     architecture: PreTrainedConfig, attention: str, seed: int, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A model with random weights that depend on the arguments only, and on the device when another than the CPU is
-    torch's default.
+    """A model with random weights, on torch's default device; they depend on the arguments and that device's kind only.
 
     Args:
         attention: name of an attention implementation transformers knows.

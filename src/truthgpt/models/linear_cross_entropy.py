@@ -188,13 +188,17 @@ def _losses(
     if settings.softcap is not None:
         slope = torch.tanh(values / settings.softcap)
         values = slope * settings.softcap
-    log_probabilities = torch.log_softmax(values, dim=-1)
     ignored = labels == IGNORED_LABEL
     index = labels.clamp_min(0).unsqueeze(-1)
-    losses = log_probabilities.gather(-1, index).squeeze(-1).neg_().masked_fill_(ignored, 0.0)
+    target, largest = values.gather(-1, index).squeeze(-1), values.amax(dim=-1)
+    # Twice as fast as log_softmax and its exponential. In place on a CPU, where memory that is new for every chunk
+    # costs more than the arithmetic; elsewhere an output that is the input is not known to be safe.
+    gradient = torch.softmax(values, dim=-1, out=values if values.device.type == "cpu" else None)
+    # The log of the sum of exponentials, from the largest probability, which is never too small for its log.
+    losses = largest - gradient.amax(dim=-1).log_() - target
+    losses.masked_fill_(ignored, 0.0)
     if not with_gradient:
         return losses, logits
-    gradient = log_probabilities.exp_()
     gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
     gradient.index_fill_(0, ignored.nonzero().squeeze(-1), 0.0)
     if settings.scale != 1.0:
