@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Every contender imports this module before anything heavy.
 STARTED_S, STARTED_UNIX_S = time.perf_counter(), time.time()
-_PEERS = ("accelerate", "peft", "trl", "liger_kernel", "triton")
+_PEERS = ("accelerate", "peft", "trl", "liger_kernel", "torchao", "triton")
 
 
 @dataclass(frozen=True)
