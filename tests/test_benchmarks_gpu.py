@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -134,7 +135,7 @@ def test_epoch_of_packed_documents(in_process: Load, capsys: pytest.CaptureFixtu
 
 @needs_peft
 def test_adapters(in_process: Load) -> None:
-    """Other random weights in adapters and base, so the losses are near and not equal."""
+    """Other random weights in the adapters, so the losses are near and not equal."""
     options = ("--repeats", "1", "--steps", "8", "--out", "results/w3.jsonl")
     in_process("compare").main(["w3", "--peer", "plain_loop:eager", *options, *TINY_LLAMA[:1], *TEXT])
     record = only_record("results/w3.jsonl")
@@ -281,6 +282,29 @@ def test_sweep(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         ["default", "10"],
         ["compile", "exit code 1"],
     ]
+
+
+def test_levels_add_up(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every level keeps the settings of those before it, and is a configuration that would run."""
+    levels, workloads = load("levels"), load("workloads").WORKLOADS
+    given: list[list[str]] = []
+
+    def run(contender: str, arguments: list[str], environment: dict[str, str], timeout_s: float) -> dict[str, Any]:
+        overrides = [each for each in arguments if "=" in each]
+        given.append(overrides)
+        data = ["data.path=x.jsonl"] if workloads[name].needs_data else []
+        load_config(str(workloads[name].yaml), [*data, *overrides])
+        speed = {"median": 1000.0 * len(given)}
+        return {"tokens_per_s": speed, "arithmetic": {"share_of_matmul": 0.5}, "memory": None}
+
+    monkeypatch.setattr(levels, "run_contender", run)
+    for name in levels.LEVELS:
+        given.clear()
+        levels.main([name, "--out", "results/levels.jsonl"])
+        assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(given))
+    load("table").main(["results"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| w3")]
+    assert [row.split(" | ")[2:4] for row in rows] == [["1,000", ""], ["2,000", "2.00"], ["3,000", "1.50"]]
 
 
 def test_process_that_fails(load: Load) -> None:

@@ -1,24 +1,40 @@
 #!/usr/bin/env bash
-# The whole table on a machine with one GPU, in about two hours:
+# The whole table: the sweep, the comparisons and what each level gains. About three hours on one GPU; where there are
+# several, each takes its share, one job at a time.
 #   bash benchmarks/gpu/run_all.sh gsm8k_train.jsonl [RESULTS_FOLDER]
-# PYTHON names the interpreter (default: python). A comparison that fails is recorded, and the next one begins.
+# PYTHON names the interpreter (default: python). A job that fails is recorded, and the next one begins.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 data=$1
 results=${2:-benchmarks/results}
 python=${PYTHON:-python}
+gpus=$(nvidia-smi --list-gpus | wc -l)
 
-compare() { # WORKLOAD OURS PEER [OPTION ...]
-    echo "== $*"
-    "$python" benchmarks/gpu/compare.py "$1" --ours "$2" --peer "$3" "${@:4}" --data "$data" --out "$results/$1.jsonl"
+jobs=()
+for workload in w1 w2 w3 w4; do
+    jobs+=("compare.py $workload --ours default --peer hf_trainer:default --out $results/$workload.jsonl"
+        "compare.py $workload --ours tuned --peer hf_trainer:best --out $results/$workload.jsonl"
+        "compare.py $workload --ours tuned --peer trl_sft:default --out $results/$workload.jsonl"
+        "compare.py $workload --ours tuned --peer plain_loop:default --out $results/$workload.jsonl"
+        "sweep.py $workload --minutes 15 --out $results/sweep.jsonl"
+        "levels.py $workload --out $results/levels.jsonl")
+done
+jobs+=("compare.py w4 --epoch --ours tuned --peer hf_trainer:best --out $results/w4.jsonl"
+    "compare.py w1 --ours tuned --peer hf_trainer:compile+bf16w --out $results/w1.jsonl"
+    "compare.py w2 --ours tuned --peer hf_trainer:liger+bf16w+rows=8 --out $results/w2.jsonl")
+
+work() { # GPU: every job whose turn it is
+    local index
+    for ((index = $1; index < ${#jobs[@]}; index += gpus)); do
+        echo "== GPU $1: ${jobs[index]}"
+        # shellcheck disable=SC2086  # a job is a line of words
+        CUDA_VISIBLE_DEVICES=$1 "$python" benchmarks/gpu/${jobs[index]} --data "$data"
+    done
 }
 
-for workload in w1 w2 w3 w4; do
-    compare $workload default hf_trainer:default
-    compare $workload tuned hf_trainer:best
-    compare $workload tuned trl_sft:default
-    compare $workload tuned plain_loop:default
+for ((gpu = 0; gpu < gpus; gpu++)); do
+    work "$gpu" &
 done
-compare w4 tuned hf_trainer:best --epoch
+wait
 "$python" benchmarks/gpu/table.py "$results"

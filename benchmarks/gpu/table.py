@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("compare", "Training speed", comparisons),
         ("epoch", "One epoch, from the start of the process to the last step", epochs),
         ("sweep", "Sweep of HF Trainer's variants", sweeps),
+        ("level", "What each level of ours gains", levels),
     ]
     for kind, title, rows in tables:
         found = [record for record in records if record["kind"] == kind]
@@ -95,6 +96,24 @@ def sweeps(records: Iterable[Record]) -> list[str]:
     return lines
 
 
+def levels(records: Iterable[Record]) -> list[str]:
+    """Rows of the levels, each workload's in the order they were measured; a gain is over the level before."""
+    lines = _head("workload", "level", "tokens/s", "gain", "share of the ceiling", "peak GiB")
+    before: dict[str, float] = {}
+    newest = {(each["workload"], each["level"]): each for each in records}.values()
+    for record in sorted(newest, key=lambda each: str(each["workload"])):
+        run, workload = record["run"], str(record["workload"])
+        if "tokens_per_s" not in run:
+            lines.append(_row(workload, record["level"], run.get("failed") or run["skipped"], "-", "-", "-"))
+            continue
+        speed, share = _median_speed(run), f"{run['arithmetic']['share_of_matmul']:.2f}"
+        gain = f"{speed / before[workload]:.2f}" if workload in before else ""
+        peak = "-" if run["memory"] is None else f"{run['memory']['peak_allocated_bytes'] / GIB:.1f}"
+        lines.append(_row(workload, record["level"], f"{speed:,.0f}", gain, share, peak))
+        before[workload] = speed
+    return lines
+
+
 def _newest(records: Iterable[Record], *keys: str) -> list[Record]:
     """The last record of each combination of `keys`, in the order of the keys."""
     found = {tuple(record[key] for key in keys): record for record in records}
@@ -112,7 +131,7 @@ def _devices(records: Iterable[Record]) -> str:
 
 
 def _runs(record: Record) -> list[Record]:
-    return [record["run"]] if record["kind"] == "sweep" else [*record["runs"]["ours"], *record["runs"]["peer"]]
+    return [record["run"]] if "run" in record else [*record["runs"]["ours"], *record["runs"]["peer"]]
 
 
 def _title(record: Record) -> str:
