@@ -24,8 +24,9 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             *("validate_config", "config_rules", "json_schema", "task", "load_model"),
-            *("benchmark_train", "inspect_data"),
-            *("build", "build_attention", "build_data", "build_images", "build_sources", "build_text", "build_trainer"),
+            *("benchmark_train", "inspect_data", "plan_run"),
+            *("build", "build_attention", "build_data", "build_images", "build_memory", "build_sources", "build_text"),
+            "build_trainer",
         ),
         4,
     ),

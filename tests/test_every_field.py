@@ -242,7 +242,7 @@ def resumed_step(lab: Lab, overrides: Overrides) -> int:
 
 
 def doubled_plan(train_batch_size: int, grad_accum_steps: int) -> MemoryPlan:
-    return MemoryPlan(train_batch_size * 2, grad_accum_steps, False)
+    return MemoryPlan(train_batch_size * 2, grad_accum_steps, 0)
 
 
 JSONL: Overrides = (

@@ -216,7 +216,7 @@ def test_aliases_mean_keys_that_exist() -> None:
     [
         ("model.attention.backend=xformers", "model.attention.backend", "attention backend"),
         ("model.kv_cache.type=paged", "model.kv_cache.type", "kv cache"),
-        ("model.memory.policy=adaptive", "model.memory.policy", "memory policy"),
+        ("model.memory.policy=adaptve", "model.memory.policy", "memory policy"),
         ("data.source=hub", "data.source", "data source"),
         ("data.source={type: webdatasets}", "data.source.type", "data source"),
         ("data.collate=images", "data.collate", "collator"),

@@ -7,6 +7,7 @@ Of several records of the same comparison the newest counts. Ratios are those th
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("epoch", "One epoch, from the start of the process to the last step", epochs),
         ("sweep", "Sweep of HF Trainer's variants", sweeps),
         ("level", "What each level of ours gains", levels),
+        ("memory", "Predicted and measured peak of a step", memory),
     ]
     for kind, title, rows in tables:
         found = [record for record in records if record["kind"] == kind]
@@ -111,6 +113,27 @@ def levels(records: Iterable[Record]) -> list[str]:
         peak = "-" if run["memory"] is None else f"{run['memory']['peak_allocated_bytes'] / GIB:.1f}"
         lines.append(_row(workload, record["level"], f"{speed:,.0f}", gain, share, peak))
         before[workload] = speed
+    return lines
+
+
+def memory(records: Iterable[Record]) -> list[str]:
+    """Rows of the grid of predicted and measured peaks, and the errors in the middle and at worst."""
+    header = ("workload", "tokens a row", "layers computed again", "layers")
+    lines = _head(*header, "predicted GiB", "measured GiB", "error")
+    errors = []
+    for record in _newest(records, "workload", "length", "checkpointed", "compiled"):
+        run, predicted = record["run"], record["predicted_bytes"]
+        cells = [record["workload"], f"{record['length']:,}", str(record["checkpointed"])]
+        cells += ["compiled" if record["compiled"] else "eager", f"{predicted / GIB:.2f}"]
+        if run.get("memory") is None:
+            lines.append(_row(*cells, str(run.get("failed") or run.get("skipped") or "not measured"), "-"))
+            continue
+        measured = run["memory"]["peak_allocated_bytes"]
+        errors.append(predicted / measured - 1)
+        lines.append(_row(*cells, f"{measured / GIB:.2f}", f"{errors[-1]:+.1%}"))
+    if errors:
+        sizes = sorted(map(abs, errors))
+        lines += ["", f"Errors: {statistics.median(sizes):.1%} in the middle, {sizes[-1]:.1%} at worst."]
     return lines
 
 

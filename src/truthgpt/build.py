@@ -13,8 +13,9 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from truthgpt.build_data import build_eval_loader, rows_per_micro_batch
+from truthgpt.build_data import build_eval_loader
 from truthgpt.build_images import build_image_data, build_image_eval_loader, build_image_task
+from truthgpt.build_memory import plan_memory
 from truthgpt.build_sources import build_text_data
 from truthgpt.build_text import build_text_task, choose_loss, share_adapter_inputs
 from truthgpt.config.schema import Config
@@ -23,7 +24,6 @@ from truthgpt.data.loader import EvalLoader
 from truthgpt.errors import ConfigError, DataError, Problem
 from truthgpt.factories.callbacks import CALLBACKS
 from truthgpt.factories.kv_cache import KV_CACHES
-from truthgpt.factories.memory import MEMORY_POLICIES
 from truthgpt.factories.metrics import METRICS
 from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.factories.scheduler import SCHEDULERS
@@ -109,7 +109,7 @@ def build_components(config: Config) -> Components:
     configure_backends(device, config.training.allow_tf32, config.hardware.deterministic)
     precision = choose_precision(config.training.mixed_precision, device, fallbacks)
     callbacks = _build_callbacks(config, fallbacks)
-    plan = _build_plan(config)
+    plan = plan_memory(config, device, precision.name, fallbacks)
     build_task = build_image_task if config.model.task == IMAGES else build_text_task
     task = build_task(config, plan, device, precision, fallbacks)
     max_steps = _max_steps(config, task)
@@ -180,18 +180,6 @@ def _hold_weights(
         fallbacks.take("training.weights", wanted, "float32", f"the run computes in {precision.name}")
         return precision
     return hold_weights_in_bf16(model, sum_in_float32=plan.grad_accum_steps > 1)
-
-
-def _build_plan(config: Config) -> MemoryPlan:
-    memory, training = config.model.memory, config.training
-    plan: MemoryPlan = MEMORY_POLICIES.build(
-        memory.policy,
-        memory.model_extra,
-        train_batch_size=rows_per_micro_batch(config),
-        grad_accum_steps=training.grad_accum_steps,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-    )
-    return plan
 
 
 def _build_kv_cache(config: Config) -> KVCachePolicy:

@@ -68,8 +68,8 @@ def build_image_task(
     )
     pixels = pixel_format_of(architecture, _pretrained(config), options.image_size)
     model = _build_model(config, architecture, attention).to(device)
-    if plan.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    if plan.checkpointed_layers:
+        enable_gradient_checkpointing(model, plan.checkpointed_layers)
 
     transform = ImageTransform(
         **vars(pixels), random_resized_crop=options.random_resized_crop, horizontal_flip=options.horizontal_flip

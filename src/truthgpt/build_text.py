@@ -57,8 +57,8 @@ def build_text_task(
     model = _build_model(config, architecture, tokenizer, device, precision)
     if config.model.lora.enabled:
         _add_adapters(config, model, plan)
-    if plan.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    if plan.checkpointed_layers:
+        enable_gradient_checkpointing(model, plan.checkpointed_layers)
     attends = attend(config, model, backend, precision, fallbacks)
     text = tokenize_text(data, tokenizer)
     packed = choose_packing(config, text, model, backend, attends, precision)
@@ -122,7 +122,7 @@ def _add_adapters(config: Config, model: PreTrainedModel, plan: MemoryPlan) -> N
     if base is not None and Path(base).is_dir():
         base = str(Path(base).absolute())  # whoever loads the adapters may be in another working directory
     add_adapters(model, LoraSettings(wanted.r, wanted.alpha, wanted.dropout, wanted.target_modules), base, config.seed)
-    if not plan.gradient_checkpointing:  # which `SharedInput` cannot stand under torch.compile
+    if not plan.checkpointed_layers:  # which `SharedInput` cannot stand under torch.compile
         share_adapter_inputs(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def _build(
         sample=_sampler(config, components),
         export=_exporter(store, components, artefacts),
         facts=_facts(config, components, run),
+        plan=asdict(components.plan),
     )
     trainer = GenericTrainer(parts, _settings(config, components))
     if config.resume.enabled:

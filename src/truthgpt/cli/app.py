@@ -17,6 +17,7 @@ from truthgpt.cli.generate import generate
 from truthgpt.cli.init import init
 from truthgpt.cli.inspect import inspect
 from truthgpt.cli.output import say
+from truthgpt.cli.plan import plan
 from truthgpt.cli.runs import runs_app
 from truthgpt.cli.schema import schema
 from truthgpt.cli.train import train
@@ -66,6 +67,7 @@ app.command(epilog=_EVERYWHERE)(validate)
 app.command(epilog=_EVERYWHERE)(schema)
 app.command(epilog=_EVERYWHERE)(init)
 app.command(epilog=_EVERYWHERE)(inspect)
+app.command(epilog=_EVERYWHERE)(plan)
 app.command(epilog=_EVERYWHERE)(doctor)
 app.command(epilog=_EVERYWHERE)(components)
 app.command("eval", epilog=_EVERYWHERE)(evaluate)

@@ -55,8 +55,9 @@ class MemoryConfig(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    policy: str = "static"
-    """Memory policy. `static` uses batch size, accumulation and checkpointing exactly as the YAML gives them."""
+    policy: str = "adaptive"
+    """Memory policy. `adaptive` cuts a step into the micro-batches, and recomputes the layers, that are fastest of all
+    that fit; the samples of a step stay. `static` takes exactly what the YAML gives."""
 
 
 class LoraConfig(Section):

@@ -26,6 +26,7 @@ from truthgpt.errors import ConfigError, Problem
 from truthgpt.models.linear_cross_entropy import linear_cross_entropy
 from truthgpt.models.lora import ADAPTER_CONFIG
 from truthgpt.models.output_head import last_hidden_states, output_head
+from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -132,11 +133,19 @@ def set_generation_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     )
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass; non-reentrant, so that frozen inputs keep their gradients."""
+def enable_gradient_checkpointing(model: PreTrainedModel, layers: int) -> None:
+    """Recompute activations in the backward pass; non-reentrant, so that frozen inputs keep their gradients.
+
+    Args:
+        layers: how many of the decoder layers, from the first on: those after them are done with, and their
+            activations gone, when the first ones are computed again. A model that cannot choose takes all.
+    """
     # Renamed in transformers 5.23; 5.17 has only the older name.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+    for layer in decoder_layers(model)[layers:]:
+        if hasattr(layer, "gradient_checkpointing"):
+            setattr(layer, "gradient_checkpointing", False)  # noqa: B010  # mypy takes a module's attributes for tensors
 
 
 def causal_lm_loss(model: PreTrainedModel, batch: Batch) -> LossAndLogits:

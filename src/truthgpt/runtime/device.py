@@ -103,6 +103,21 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken on `device`, what torch's allocator keeps unused among it; None: not known."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
+    kibibytes = next((int(words[1]) for words in lines if words[0] == "MemAvailable:"), None)
+    return None if kibibytes is None else kibibytes * 1024
+
+
 def _host_memory_bytes() -> int | None:
     # Windows has no sysconf, and not every Unix knows these two names.
     if not hasattr(os, "sysconf") or not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():

@@ -210,6 +210,23 @@ def find_checkpoint(path: Path) -> Path:
     return found.path
 
 
+def glance_at_state(path: Path) -> dict[str, Any] | None:
+    """The loop state of the checkpoint `find_checkpoint` would choose, before anything is built for it.
+
+    Nothing is verified, and no tensor is read; None where nothing can be read, which whoever resumes will find out.
+    """
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    for candidate in [path] if path.is_file() else _candidates(folder):
+        try:
+            payload = torch.load(candidate, map_location="cpu", weights_only=True, mmap=True)
+        except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+            continue
+        state = payload.get("state") if isinstance(payload, dict) else None
+        if isinstance(state, dict):
+            return state
+    return None
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: its digest is verified first, and only tensors and plain values are accepted.
 

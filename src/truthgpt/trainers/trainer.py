@@ -59,6 +59,8 @@ class TrainerParts:
     """Writes the final model from a checkpoint."""
     facts: Mapping[str, Any]
     """What `on_start` tells the callbacks about the run."""
+    plan: Mapping[str, int]
+    """How a step is cut up, kept with every checkpoint: a resumed run goes on with it."""
 
 
 class GenericTrainer:
@@ -232,6 +234,7 @@ class GenericTrainer:
                 **self.state.to_dict(),
                 "meter": parts.meter.state_dict(),
                 "guard": parts.engine.guard.state_dict(),
+                "plan": dict(parts.plan),
             },
             **parts.engine.state_dict(),
             "data": parts.loader.state_dict(self.state.step),

@@ -1,0 +1,103 @@
+"""`truthgpt plan`: what a run will take, before it is started and without the GPU it is for."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from truthgpt.cli.configuration import AllowPlugins, ConfigArguments, read_config
+from truthgpt.cli.output import emit_json, print_table, say
+from truthgpt.errors import OutOfMemoryError
+
+if TYPE_CHECKING:
+    from truthgpt.plan_run import RunPlan
+
+_GIB = 2**30
+_UNITS = {"": _GIB, "gib": _GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+def plan(
+    arguments: ConfigArguments = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Plan for a GPU of this memory, such as 80GiB, not this machine.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="The GPU whose speed --gpu-memory plans with.")] = "H100",
+    allow_plugins: AllowPlugins = False,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Say what a run takes: memory by part, the way its steps are cut up, and time. Nothing is trained or read."""
+    size = None if gpu_memory is None else _bytes(gpu_memory)
+    config = read_config(arguments or [], allow_plugins)
+
+    from truthgpt.plan_run import plan_run
+
+    found = plan_run(config, size, gpu)
+    if json_output:
+        emit_json(found.to_json())
+    else:
+        _print(found)
+    if not found.fits:
+        if json_output:
+            raise typer.Exit(OutOfMemoryError.exit_code)
+        raise OutOfMemoryError(found.problem or "the run as configured does not fit")
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", size.strip().lower())
+    if match is None or match[2] not in _UNITS or not float(match[1]):
+        raise typer.BadParameter(f"{size!r} is no size; write 80GiB, 80GB or 81559MiB", param_hint="--gpu-memory")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+def _print(found: RunPlan) -> None:
+    trained = f", {found.trainable_parameters:,} trained" if found.trainable_parameters < found.parameters else ""
+    again = f", {found.checkpointed_layers} of {found.layers} layers computed again"
+    cut = f"{found.grad_accum_steps} x {found.micro_batch_size} samples, {found.tokens_per_step:,} tokens"
+    limit = "" if found.limit_bytes is None else f" of {_gib(found.limit_bytes)} that may be taken"
+    lines = [
+        ("device", f"{found.device}; {found.precision}, {'compiled layers' if found.compiled else 'eager'}"),
+        ("parameters", f"{found.parameters:,}{trained}"),
+        ("a step", f"{cut}{again if found.checkpointed_layers else ''}"),
+        ("peak", f"{_gib(found.peak_bytes)}{limit}, at {found.peak_moment}"),
+        *([] if found.step_time_s is None else [("time a step", f"{found.step_time_s:.3g} s, about")]),
+        *([] if found.run_time_s is None else [("time of the run", f"{_duration(found.run_time_s)}, about")]),
+    ]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        typer.echo(f"{name:{width}}  {text}")
+    typer.echo()
+    print_table(
+        ("memory", "GiB", ""),
+        [
+            (name, f"{size / _GIB:7.2f}", "#" * round(40 * size / found.peak_bytes))
+            for name, size in found.memory_bytes.items()
+            if size
+        ],
+    )
+    typer.echo()
+    print_table(
+        ("layers computed again", "activations", "peak", "a step", ""),
+        [
+            (
+                str(each.checkpointed_layers),
+                _gib(each.activation_bytes),
+                _gib(each.peak_bytes),
+                "-" if each.step_time_s is None else f"{each.step_time_s:.3g} s",
+                "" if each.fits else "does not fit",
+            )
+            for each in found.checkpointing
+        ],
+    )
+    if found.step_time_s is None:
+        say("time: not known for this device; --gpu-memory 80GiB --gpu H100 plans for a GPU")
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = seconds / 3600, seconds / 60
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.0f} s"
