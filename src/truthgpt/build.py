@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from truthgpt.build_data import build_eval_loader
 from truthgpt.build_images import build_image_data, build_image_eval_loader, build_image_task
-from truthgpt.build_memory import plan_memory
+from truthgpt.build_memory import PlannedMemory, plan_memory
 from truthgpt.build_sources import build_text_data
 from truthgpt.build_text import build_text_task, choose_loss, share_adapter_inputs
 from truthgpt.config.schema import Config
@@ -54,7 +54,7 @@ class Components:
 
     device: torch.device
     precision: Precision
-    plan: MemoryPlan
+    memory: PlannedMemory
     task: TaskParts
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]
@@ -64,6 +64,11 @@ class Components:
     kv_cache: KVCachePolicy
     cuda_graph: bool
     fallbacks: Fallbacks
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """How a step is cut up."""
+        return self.memory.plan
 
     @property
     def model(self) -> PreTrainedModel:
@@ -109,16 +114,16 @@ def build_components(config: Config) -> Components:
     configure_backends(device, config.training.allow_tf32, config.hardware.deterministic)
     precision = choose_precision(config.training.mixed_precision, device, fallbacks)
     callbacks = _build_callbacks(config, fallbacks)
-    plan = plan_memory(config, device, precision.name, fallbacks)
+    memory = plan_memory(config, device, precision.name, fallbacks)
     build_task = build_image_task if config.model.task == IMAGES else build_text_task
-    task = build_task(config, plan, device, precision, fallbacks)
+    task = build_task(config, memory.plan, device, precision, fallbacks)
     max_steps = _max_steps(config, task)
-    precision = _hold_weights(config, task.model, plan, precision, fallbacks)
+    precision = _hold_weights(config, task.model, memory.plan, precision, fallbacks)
     cuda_graph = _compile(config, task, precision, max_steps, fallbacks)
     return Components(
         device=device,
         precision=precision,
-        plan=plan,
+        memory=memory,
         task=task,
         optimizer=_build_optimizer(config, task.model),
         schedule=_build_schedule(config, max_steps),

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from truthgpt.build_data import bucket_bins, rows_per_micro_batch
+from truthgpt.config.data_section import DataConfig
 from truthgpt.config.schema import Config
 from truthgpt.factories.memory import MEMORY_POLICIES
 from truthgpt.factories.registry import accepts
@@ -91,12 +92,22 @@ class StepCost:
         # A forward pass is a third of a layer's work.
         launching_s = plan.grad_accum_steps * (self.layers + recomputed / 3) * HOST_S_PER_LAYER[self.compiled]
         held = self.step.held
-        added = 3 * (plan.grad_accum_steps - 1) * held.gradients
+        added = 3 * (plan.grad_accum_steps - 1) * held.summed_gradients
         updated = 2 * (held.weights + held.optimizer + held.average) + held.gradients
         return max(arithmetic_s, launching_s) + (added + updated) * FLOPS_PER_BYTE / peak
 
 
-def plan_memory(config: Config, device: torch.device, precision_name: str, fallbacks: Fallbacks) -> MemoryPlan:
+@dataclass(frozen=True)
+class PlannedMemory:
+    """The plan of a run. `peak_bytes`: None where it is not known; `may_change`: whether a run that is out of memory
+    goes on with a smaller plan."""
+
+    plan: MemoryPlan
+    peak_bytes: int | None
+    may_change: bool
+
+
+def plan_memory(config: Config, device: torch.device, precision_name: str, fallbacks: Fallbacks) -> PlannedMemory:
     """The plan of `model.memory.policy` for a run on `device`.
 
     Raises:
@@ -107,7 +118,9 @@ def plan_memory(config: Config, device: torch.device, precision_name: str, fallb
     cost: TrainingCost | None = None
     if accepts(MEMORY_POLICIES.entry(config.model.memory.policy).build, "cost"):
         cost = _cost_or_none(config, machine, fallbacks)
-    return choose_plan(config, machine, cost, _previous_plan(config))
+    plan = choose_plan(config, machine, cost, _previous_plan(config))
+    peak_bytes = None if cost is None else cost.memory(plan).peak_bytes
+    return PlannedMemory(plan, peak_bytes, config.model.memory.policy == "adaptive" and cuts_freely(config.data))
 
 
 def _previous_plan(config: Config) -> MemoryPlan | None:
@@ -117,6 +130,11 @@ def _previous_plan(config: Config) -> MemoryPlan | None:
     state = glance_at_state(Path(config.resume.checkpoint_dir or config.run_directory))
     plan = None if state is None else state.get("plan")
     return None if plan is None else MemoryPlan(**plan)
+
+
+def cuts_freely(data: DataConfig) -> bool:
+    """Whether samples can be cut into other micro-batches; with buckets those are what the order is made of."""
+    return bucket_bins(data) is None and data.max_tokens is None
 
 
 def machine_of(device: torch.device, precision_name: str) -> Machine:
@@ -139,7 +157,7 @@ def choose_plan(config: Config, machine: Machine, cost: TrainingCost | None, pre
     """
     wanted, data = config.model.memory, config.data
     recut: Recut = "any" if machine.device_type == "cuda" and data.packing is not False else "smaller"
-    if bucket_bins(data) is not None or data.max_tokens is not None:
+    if not cuts_freely(data):
         recut = "never"
     plan: MemoryPlan = MEMORY_POLICIES.build(
         wanted.policy,
@@ -187,11 +205,12 @@ def step_cost(config: Config, machine: Machine) -> StepCost:
     activations = measure_activations(mode, model, length, half, compiled)
     layers = decoder_layers(model)
     in_layers = [p for layer in layers for p in layer.parameters()]
-    gradient_bytes = {p: p.numel() * _gradient_itemsize(config, p) for p in trainable}
+    trained_in_layers = sum(p.numel() for p in in_layers if p.requires_grad)
     held = Held(
         weights=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
-        gradients=sum(gradient_bytes.values()),
-        layer_gradients=sum(gradient_bytes.get(p, 0) for p in in_layers),
+        gradients=sum(p.numel() * p.element_size() for p in trainable),
+        summed_gradients=sum(4 * p.numel() for p in trainable),
+        layer_share=trained_in_layers / sum(p.numel() for p in trainable),
         optimizer=sum(_state_bytes(config, p) for p in trainable),
         average=sum(4 * p.numel() for p in trainable) if config.ema.enabled else 0,
     )
@@ -247,11 +266,6 @@ def _vocabulary_size(config: Config) -> int:
         assert wanted.path is not None
         return len(load_tokenizer(wanted.path, config.model.trust_remote_code))
     return len(byte_tokenizer())
-
-
-def _gradient_itemsize(config: Config, parameter: torch.nn.Parameter) -> int:
-    """bf16 gradients of several micro-batches are summed up in float32."""
-    return 4 if config.training.grad_accum_steps > 1 else parameter.element_size()
 
 
 def _state_bytes(config: Config, parameter: torch.nn.Parameter) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 from truthgpt.attention.install import transformers_attention_in
 from truthgpt.build import Components
 from truthgpt.callbacks.base import CallbackList, StateView
+from truthgpt.callbacks.memory_report import MemoryReport
 from truthgpt.callbacks.run_status import RunStatusKeeper
 from truthgpt.config.load import Origin, resolved_yaml
 from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import KeyPath
 from truthgpt.inference.generate import GenerationSettings, generate_texts
+from truthgpt.memory.step_down import PlanInUse
 from truthgpt.models.causal_lm import count_parameters
 from truthgpt.models.trained_weights import has_adapters
 from truthgpt.optim.adamw import float32_copy
@@ -92,19 +93,26 @@ def _build(
     engine = _engine(config, components)
     store = CheckpointStore(run.checkpoints, run_id=run.run_id, keep_last=config.checkpoint.keep_last)
     artefacts = _artefacts(config, components, run.model)
+    planned_bytes = components.memory.peak_bytes
+    report = [] if planned_bytes is None else [("memory", MemoryReport(planned_bytes))]
     parts = TrainerParts(
         engine=engine,
         loader=components.train_loader,
         evaluator=_evaluator(config, components),
         checkpoints=store,
-        callbacks=CallbackList([("status", RunStatusKeeper(run)), *components.callbacks, *last_callbacks]),
+        callbacks=CallbackList([("status", RunStatusKeeper(run)), *report, *components.callbacks, *last_callbacks]),
         metrics_log=MetricsLog(run.metrics),
         meter=StepMeter(components.device, _speed(components)),
         stop=stop or StopSignal(),
         sample=_sampler(config, components),
         export=_exporter(store, components, artefacts),
         facts=_facts(config, components, run),
-        plan=asdict(components.plan),
+        plan=PlanInUse(
+            components.plan,
+            may_change=components.memory.may_change,
+            # What adapters share of their inputs cannot be computed again in compiled layers.
+            may_checkpoint=not has_adapters(components.model),
+        ),
     )
     trainer = GenericTrainer(parts, _settings(config, components))
     if config.resume.enabled:

@@ -76,6 +76,9 @@ def test_gradients_of_earlier_micro_batches_are_carried() -> None:
     cost = tiny()
     assert cost.memory(MemoryPlan(64, 1, 0)).gradients == 0, "at the loss of a step's only micro-batch"
     assert cost.memory(MemoryPlan(64, 2, 0)).gradients == 4 * cost.parameters
+    half = tiny("training.weights=bf16_master")
+    assert half.memory(MemoryPlan(64, 2, 0)).gradients == 4 * half.parameters, "sums are float32"
+    assert half.step.held.gradients == 2 * half.parameters, "one micro-batch's are in the type of the weights"
 
 
 @pytest.mark.parametrize(

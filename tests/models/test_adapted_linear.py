@@ -22,6 +22,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from truthgpt.memory.base import EVERY_LAYER
 from truthgpt.models.adapted_linear import AdaptedLinear, SharedInput, share_inputs
 from truthgpt.models.causal_lm import enable_gradient_checkpointing
 from truthgpt.models.trained_weights import adapter_weights
@@ -174,7 +175,7 @@ def test_compiled_layers_are_whole_graphs(family: str, dropout: float, checkpoin
     values = {**SHAPES[family], "layer_types": ["full_attention"] * 4} if family == "qwen3" else SHAPES[family]
     model = adapted(model_of(values, "sdpa").double(), settings(dropout), share=not checkpointing).double()
     if checkpointing:
-        enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model, EVERY_LAYER)
     torch.manual_seed(2)
     eager = loss_and_gradients(model)
     layers = model.transformer.h if family == "gpt2" else model.model.layers

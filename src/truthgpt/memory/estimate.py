@@ -28,8 +28,10 @@ class Held:
 
     weights: int
     gradients: int
-    layer_gradients: int
-    """The part of `gradients` that belongs to the decoder layers."""
+    summed_gradients: int
+    """The gradients of several micro-batches: float32."""
+    layer_share: float
+    """The part of the gradients that belongs to the decoder layers."""
     optimizer: int
     average: int
 
@@ -71,7 +73,8 @@ class StepMemory:
     def _moments(self, plan: MemoryPlan) -> list[MemoryEstimate]:
         held, kept = self.held, self.activations
         rows, recomputed = plan.micro_batch_size, min(plan.checkpointed_layers, self.layers)
-        carried = held.gradients if plan.grad_accum_steps > 1 else 0
+        gradients = held.summed_gradients if plan.grad_accum_steps > 1 else held.gradients
+        carried = gradients if plan.grad_accum_steps > 1 else 0
         outside = kept.outside + rows * kept.outside_row
         layer = kept.layer + rows * kept.layer_row
         inputs = recomputed * rows * kept.layer_input_row
@@ -79,12 +82,12 @@ class StepMemory:
         transient = LIBRARY_BYTES + BACKWARD_TENSORS * rows * kept.widest_row
         tokens = rows * self.length
         loss, head_gradients = self._loss_bytes(tokens), self._head_gradient_bytes(tokens)
-        above = held.layer_gradients * (self.layers - recomputed) / self.layers
+        above = gradients * held.layer_share * (self.layers - recomputed) / self.layers
         moments: list[tuple[str, float, float, float, float]] = [
             ("the loss", carried, everything, loss, LIBRARY_BYTES),
             ("the first backward step", carried, everything, head_gradients, transient),
-            ("the last backward step", held.gradients, outside + layer, head_gradients, transient),
-            ("the update", held.gradients, 0.0, 0.0, LIBRARY_BYTES),
+            ("the last backward step", gradients, outside + layer, head_gradients, transient),
+            ("the update", gradients, 0.0, 0.0, LIBRARY_BYTES),
         ]
         if recomputed:
             begun = max(carried, above)
@@ -94,7 +97,7 @@ class StepMemory:
         return [
             MemoryEstimate(
                 weights=held.weights,
-                gradients=round(gradients),
+                gradients=round(of_gradients),
                 optimizer=held.optimizer,
                 average=held.average,
                 activations=round(activations),
@@ -102,7 +105,7 @@ class StepMemory:
                 workspace=round(workspace),
                 moment=moment,
             )
-            for moment, gradients, activations, of_loss, workspace in moments
+            for moment, of_gradients, activations, of_loss, workspace in moments
         ]
 
     def _loss_bytes(self, tokens: int) -> float:

@@ -133,7 +133,7 @@ def set_generation_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     )
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel, layers: int) -> None:
+def enable_gradient_checkpointing(model: nn.Module, layers: int) -> None:
     """Recompute activations in the backward pass; non-reentrant, so that frozen inputs keep their gradients.
 
     Args:
@@ -141,7 +141,8 @@ def enable_gradient_checkpointing(model: PreTrainedModel, layers: int) -> None:
             activations gone, when the first ones are computed again. A model that cannot choose takes all.
     """
     # Renamed in transformers 5.23; 5.17 has only the older name.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    name = "activation_checkpointing_enable"
+    enable: Any = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False})
     for layer in decoder_layers(model)[layers:]:
         if hasattr(layer, "gradient_checkpointing"):

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from truthgpt.data.base import Batch, GlobalBatch, LossAndLogits
+from truthgpt.data.cut import cut_micro_batch
 from truthgpt.errors import CheckpointError, NonFiniteError
+from truthgpt.memory.base import MemoryPlan
+from truthgpt.models.causal_lm import enable_gradient_checkpointing
 from truthgpt.models.trained_weights import check_adapters_are_reached, load_trained_state, trained_state
 from truthgpt.runtime.precision import Precision
 from truthgpt.runtime.seeds import seed_micro_batch
@@ -71,6 +74,7 @@ class TrainEngine:
         self._peak_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._micro_step = self._build_micro_step()
         self._took_a_step = False
+        self._rows: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +99,7 @@ class TrainEngine:
         self.model.train()
         self.set_learning_rate(step)
         loss_sum = torch.zeros((), device=self.device)
-        for index, micro_batch in enumerate(batch.micro_batches):
+        for index, micro_batch in enumerate(self._cut(batch.micro_batches)):
             seed_micro_batch(self._settings.seed, step, index, rank=0)
             loss_sum += self._micro_step(micro_batch, batch.tokens, first=index == 0)
         if not self._took_a_step:
@@ -107,6 +111,24 @@ class TrainEngine:
         self._micro_step.clear()
         self.ema.update(step + 1)
         return StepScalars(loss_sum, grad_norm)
+
+    def change_plan(self, plan: MemoryPlan) -> None:
+        """Go on with smaller micro-batches, whatever the loader hands over, or more layers computed again.
+
+        Called where a step ran out of memory; what it had of gradients is dropped, so that it can be taken again.
+        """
+        self._rows = plan.micro_batch_size
+        if plan.checkpointed_layers:
+            enable_gradient_checkpointing(self.model, plan.checkpointed_layers)
+        self._micro_step.clear()
+        self._micro_step = self._build_micro_step()  # a recorded graph is of the old shapes
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _cut(self, micro_batches: Sequence[Batch]) -> Sequence[Batch]:
+        if self._rows is None:
+            return micro_batches
+        return [piece for batch in micro_batches for piece in cut_micro_batch(batch, self._rows)]
 
     def _build_micro_step(self) -> MicroStep:
         eager = EagerMicroStep(self._backward, self._parameters, self.device)

@@ -17,10 +17,12 @@ import torch
 from truthgpt.callbacks.base import CallbackList
 from truthgpt.data.base import GlobalBatch, TrainLoader
 from truthgpt.errors import CheckpointError, OutOfMemoryError, Preempted
+from truthgpt.memory.base import EVERY_LAYER
+from truthgpt.memory.step_down import PlanInUse
 from truthgpt.runtime.metrics_log import MetricsLog
 from truthgpt.runtime.stop_signal import StopSignal
 from truthgpt.trainers.checkpoint import CheckpointStore
-from truthgpt.trainers.engine import TrainEngine
+from truthgpt.trainers.engine import StepScalars, TrainEngine
 from truthgpt.trainers.evaluate import Evaluation, Evaluator
 from truthgpt.trainers.meter import StepMeter
 from truthgpt.trainers.state import TrainState
@@ -59,7 +61,7 @@ class TrainerParts:
     """Writes the final model from a checkpoint."""
     facts: Mapping[str, Any]
     """What `on_start` tells the callbacks about the run."""
-    plan: Mapping[str, int]
+    plan: PlanInUse
     """How a step is cut up, kept with every checkpoint: a resumed run goes on with it."""
 
 
@@ -111,13 +113,7 @@ class GenericTrainer:
         """One optimizer step; a batch without supervised tokens passes by, counted."""
         state, epoch_before = self.state, self.state.epoch
         if batch.tokens:
-            try:
-                scalars = self.parts.engine.train_step(batch, state.step)
-            except torch.OutOfMemoryError as error:
-                shape = " x ".join(map(str, batch.micro_batches[0]["labels"].shape))
-                doing = f"step {state.step + 1} with micro-batches of {shape} labels"
-                cure = "training.train_batch_size (raise grad_accum_steps to keep the result)"
-                raise _out_of_memory(doing, cure, error) from error
+            scalars = self._take_step(batch)
             self.parts.meter.add(scalars, batch.tokens)
             if (
                 self.parts.engine.device.type == "cpu"
@@ -135,6 +131,28 @@ class GenericTrainer:
         if batch.epoch != epoch_before:
             self._call("on_epoch", {"epoch": batch.epoch})
         self._call("on_step", {})
+
+    def _take_step(self, batch: GlobalBatch) -> StepScalars:
+        """The step, with the plan in use or, where that is out of memory, the next one below: weights and order are
+        untouched then, and the result is the same to rounding."""
+        while True:
+            try:
+                return self.parts.engine.train_step(batch, self.state.step)
+            except torch.OutOfMemoryError as error:
+                shape = " x ".join(map(str, batch.micro_batches[0]["labels"].shape))
+                doing = f"step {self.state.step + 1} with micro-batches of {shape} labels"
+                plan = self.parts.plan.step_down()
+                if plan is None:
+                    cure = "training.train_batch_size (raise grad_accum_steps to keep the result)"
+                    raise _out_of_memory(doing, cure, error) from error
+                reason = str(error).splitlines()[0]
+            # Outside the except block, which holds on to the tensors of the step that failed.
+            logger.warning(
+                "out of memory in %s: %s Going on with micro-batches of %d samples%s; the step is taken again",
+                *(doing, reason, plan.micro_batch_size),
+                ", every layer computed again" if plan.checkpointed_layers == EVERY_LAYER else "",
+            )
+            self.parts.engine.change_plan(plan)
 
     def _boundary(self) -> None:
         """Between two steps: log, evaluate, save what is due. The end of a run is a boundary like any other."""
@@ -234,7 +252,7 @@ class GenericTrainer:
                 **self.state.to_dict(),
                 "meter": parts.meter.state_dict(),
                 "guard": parts.engine.guard.state_dict(),
-                "plan": dict(parts.plan),
+                "plan": dataclasses.asdict(parts.plan.plan),
             },
             **parts.engine.state_dict(),
             "data": parts.loader.state_dict(self.state.step),
