@@ -180,7 +180,10 @@ def _cost_or_none(config: Config, machine: Machine, fallbacks: Fallbacks) -> Ste
         return step_cost(config, machine)
     except (RuntimeError, NotImplementedError) as error:
         reason = f"a step of this model cannot be counted: {str(error).strip().splitlines()[0]}"
-        fallbacks.take("model.memory.policy", config.model.memory.policy, "static, unchecked", reason)
+        if config.model.memory.policy == "adaptive":
+            fallbacks.take("model.memory.policy", "adaptive", "the YAML's own numbers", reason)
+        else:
+            logger.info("whether a step fits into memory is not known: %s", reason)
         return None
 
 

@@ -8,6 +8,7 @@ again is not counted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def measure_activations(
     autocast = half_precision and any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     with ExitStack() as stack:
         stack.enter_context(mode)
+        stack.enter_context(_one_line_an_error())
         stack.enter_context(_counted_attention(model))
         if autocast:
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
@@ -152,6 +154,18 @@ def _without(layers: nn.ModuleList) -> Iterator[None]:
         yield
     finally:
         layers.extend(kept)
+
+
+@contextmanager
+def _one_line_an_error() -> Iterator[None]:
+    """torch logs the frames of an operation that fake tensors cannot do, which whoever counts says in one line."""
+    torchs_own = logging.getLogger("torch._subclasses.fake_tensor")
+    level = torchs_own.level
+    torchs_own.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        torchs_own.setLevel(level)
 
 
 @contextmanager
