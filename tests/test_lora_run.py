@@ -68,9 +68,13 @@ def last_loss(folder: Path) -> float:
 
 
 @pytest.mark.parametrize("precision", ["none", pytest.param("bf16", marks=needs_bf16)])
-@pytest.mark.parametrize(("name", "dropout"), [("gpt2", 0.05), ("llama", 0.0)])
-def test_train_evaluate_generate(bases: Cli, name: str, dropout: float, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method", "dropout"),
+    [("gpt2", "lora", 0.05), ("llama", "lora", 0.0), ("gpt2", "dora", 0.0), ("llama", "dora", 0.05)],
+)
+def test_train_evaluate_generate(bases: Cli, name: str, method: str, dropout: float, precision: str) -> None:
     chosen = (*LORA, *pretrained(name), f"model.lora.dropout={dropout}", f"training.mixed_precision={precision}")
+    chosen = (*chosen, f"model.lora.method={method}")
     said = run(bases, "train", "base.yaml", *chosen).stderr
     assert "trained)" in said and "complete: 12 steps" in said
     folder = bases.folder / "runs/t"
@@ -87,9 +91,10 @@ def test_train_evaluate_generate(bases: Cli, name: str, dropout: float, precisio
     assert "PeftModel.from_pretrained" in card and str(bases.folder / name) in card and "Step: 12" in card
 
 
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_peft_loads_the_model(bases: Cli, name: str) -> None:
-    run(bases, "train", "base.yaml", *LORA, *pretrained(name))
+def test_peft_loads_the_model(bases: Cli, name: str, method: str) -> None:
+    run(bases, "train", "base.yaml", *LORA, *pretrained(name), f"model.lora.method={method}")
     folder = bases.folder / "runs/t/model"
     base = AutoModelForCausalLM.from_pretrained(bases.folder / name, trust_remote_code=False)
     ids = torch.tensor([list(b"the cat ran under a dog")])
@@ -104,10 +109,15 @@ def test_peft_loads_the_model(bases: Cli, name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["none", pytest.param("bf16", marks=needs_bf16)])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_resume_is_exact(bases: Cli, name: str, precision: str) -> None:
+@pytest.mark.parametrize(("name", "method"), [("gpt2", "lora"), ("llama", "lora"), ("gpt2", "dora"), ("llama", "dora")])
+def test_resume_is_exact(bases: Cli, name: str, method: str, precision: str) -> None:
     """With dropout in the adapters and an average of them."""
     chosen = (*LORA, *pretrained(name), "model.lora.dropout=0.1", f"training.mixed_precision={precision}")
+    train_straight_and_resumed(bases, *chosen, f"model.lora.method={method}")
+
+
+def train_straight_and_resumed(bases: Cli, *chosen: str) -> None:
+    """Twelve steps at once and from the checkpoint of step 5, the same bit for bit; for the whole run `straight`."""
     chosen = (*chosen, "checkpoint.keep_last=9")
     run(bases, "train", "base.yaml", *chosen, "output_dir=straight")
     run(bases, "train", "base.yaml", *chosen, "output_dir=cut")

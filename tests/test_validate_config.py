@@ -253,6 +253,17 @@ IMAGES = [
             "model.lora.target_modules",
             "stand beside it",
         ),
+        (["model.lora.method=dora"], "model.lora.method", "enabled: true only"),
+        (["model.lora={enabled: true, quantization: nf4}"], "model.lora.quantization", "starts from random weights"),
+        (
+            [
+                "model.lora={enabled: true, method: dora}",
+                "training.mixed_precision=bf16",
+                "training.weights=bf16_stochastic",
+            ],
+            "model.lora.method",
+            "dora needs its magnitudes in float32; training.weights is bf16_stochastic",
+        ),
         (["model.lora={enabled: true, target_modules: []}"], "model.lora.target_modules", "at least 1 items"),
         (["data.streaming=true"], "data.streaming", "is not read by data source python_stdlib"),
         ([*ROWS, "data.streaming=true", "training.max_steps=null"], "training.max_steps", "no known length"),

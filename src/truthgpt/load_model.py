@@ -24,6 +24,7 @@ from truthgpt.models.lora import (
     load_adapters,
     require_peft,
 )
+from truthgpt.models.quantized_base import require_bitsandbytes, take_quantization
 from truthgpt.models.tokenizer import load_tokenizer
 from truthgpt.trainers.artefacts import load_exported_weights
 from truthgpt.trainers.checkpoint import load_checkpoint
@@ -82,10 +83,10 @@ def _from_folder(folder: Path, run_directory: Path | None, device: torch.device)
         architecture = load_architecture(str(folder), {}, trust_remote_code=False, kind=IMAGE_CLASSIFIER)
         model = load_image_classifier(str(folder), architecture, TRANSFORMERS_OWN, seed=0, trust_remote_code=False)
     elif (folder / ADAPTER_CONFIG).is_file():
-        model = _load_base(folder)
+        model = _load_base(folder, device)
         load_adapters(model, folder)
     else:
-        model = _load_text_model(str(folder), str(folder))
+        model = _load_text_model(str(folder))
     return _loaded(model, folder, run_directory, device)
 
 
@@ -102,7 +103,7 @@ def _from_checkpoint(checkpoint: Path, device: torch.device) -> LoadedModel:
         architecture = load_architecture(str(folder), {}, trust_remote_code=False, kind=IMAGE_CLASSIFIER)
         model = build_image_classifier(architecture, TRANSFORMERS_OWN, seed=0)
     elif (folder / ADAPTER_CONFIG).is_file():
-        model = _load_base(folder)
+        model = _load_base(folder, device)
         add_saved_adapters(model, folder)
     else:
         architecture = load_architecture(str(folder), {}, trust_remote_code=False)
@@ -111,12 +112,12 @@ def _from_checkpoint(checkpoint: Path, device: torch.device) -> LoadedModel:
     return _loaded(model, folder, run_directory, device)
 
 
-def _load_text_model(weights: str, architecture_from: str) -> PreTrainedModel:
-    architecture = load_architecture(architecture_from, {}, trust_remote_code=False)
-    return load_causal_lm(weights, architecture, transformers_attention(architecture), trust_remote_code=False)
+def _load_text_model(folder: str) -> PreTrainedModel:
+    architecture = load_architecture(folder, {}, trust_remote_code=False)
+    return load_causal_lm(folder, architecture, transformers_attention(architecture), trust_remote_code=False)
 
 
-def _load_base(folder: Path) -> PreTrainedModel:
+def _load_base(folder: Path, device: torch.device) -> PreTrainedModel:
     """The model that the adapters in `folder` belong on, with the run's own configuration where there is one.
 
     Raises:
@@ -125,8 +126,20 @@ def _load_base(folder: Path) -> PreTrainedModel:
     require_peft()
     own = folder / BASE_FOLDER
     base = str(own) if own.is_dir() else base_of_adapters(folder)
+    described = folder if (folder / "config.json").is_file() else base
     try:
-        return _load_text_model(base, str(folder if (folder / "config.json").is_file() else base))
+        architecture = load_architecture(str(described), {}, trust_remote_code=False)
+        dtype, quantized = architecture.dtype or torch.float32, take_quantization(architecture)
+        if quantized:
+            require_bitsandbytes()
+        return load_causal_lm(
+            base,
+            architecture,
+            transformers_attention(architecture),
+            trust_remote_code=False,
+            dtype=dtype if quantized else torch.float32,
+            quantized_on=device if quantized else None,
+        )
     except ConfigError as error:
         unfinished = ""
         if Path(base) == own.absolute():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from truthgpt.models.added_tokens import AddedTokens
 from truthgpt.models.linear_cross_entropy import OutputHead
 from truthgpt.runtime.precision import in_float32
 
@@ -29,7 +30,7 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
     or bend them (`final_logit_softcapping` in Gemma 2).
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear) or _body(model) is model:
+    if not isinstance(layer, nn.Linear | AddedTokens) or _body(model) is model:
         return None
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
