@@ -31,13 +31,13 @@ LORA = ("model.lora.enabled=true", "training.max_steps=12", "training.eval_inter
 needs_bf16 = pytest.mark.skipif(not has_native_bf16(CPU), reason="this processor computes bf16 in float32")
 
 
-def write_bases(folder: Path) -> None:
+def write_bases(folder: Path, width: int = 32) -> None:
     """`gpt2` (Conv1D, tied, dropout) and `llama`, as transformers saves them."""
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=257)).save_pretrained(
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=width, n_positions=64, vocab_size=257)).save_pretrained(
         folder / "gpt2"
     )
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4, "num_key_value_heads": 2}
     llama = LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=257, max_position_embeddings=64)
     LlamaForCausalLM(llama).save_pretrained(folder / "llama")
     for name in ("gpt2", "llama"):

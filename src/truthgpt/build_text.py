@@ -30,7 +30,7 @@ from truthgpt.models.causal_lm import (
 )
 from truthgpt.models.lora import LoraSettings, add_adapters, add_tokens, require_peft
 from truthgpt.models.output_head import PROBE_TOKENS, head_completes_body
-from truthgpt.models.quantized_base import require_bitsandbytes
+from truthgpt.models.quantized_base import refuse_quantized, require_bitsandbytes
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.flops import training_flops_per_token
 from truthgpt.runtime.precision import Precision
@@ -108,6 +108,7 @@ def _build_model(
     dtype = torch.bfloat16 if frozen and precision.name == "bf16" else torch.float32
     base = _pretrained(config)
     if base is not None:
+        refuse_quantized(base, architecture)
         quantized_on = None if wanted.lora.quantization == "none" else device
         model = load_causal_lm(base, architecture, attention, wanted.trust_remote_code, dtype, quantized_on)
         if not frozen and missing_tokens(model, len(tokenizer)):

@@ -26,7 +26,7 @@ from truthgpt.errors import ConfigError, Problem
 from truthgpt.models.linear_cross_entropy import linear_cross_entropy
 from truthgpt.models.lora import ADAPTER_CONFIG
 from truthgpt.models.output_head import last_hidden_states, output_head
-from truthgpt.models.quantized_base import compute_as_trained, nf4_config
+from truthgpt.models.quantized_base import nf4_config, prepare_quantized
 from truthgpt.runtime.flops import weight_count
 from truthgpt.runtime.seeds import derive_seed
 
@@ -102,7 +102,7 @@ def load_causal_lm(
         if names:
             logger.warning("%s: %d %s weights, for example %s", name_or_path, len(names), kind.split("_")[0], names[0])
     if quantized_on is not None:
-        compute_as_trained(model)
+        prepare_quantized(model)
     return cast(PreTrainedModel, model)
 
 

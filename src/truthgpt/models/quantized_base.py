@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from truthgpt.errors import ConfigError, Problem
 
 NF4 = "nf4"
+_BLOCK = 64
 
 
 def require_bitsandbytes() -> None:
@@ -25,6 +26,16 @@ def require_bitsandbytes() -> None:
         message = f"nf4 needs the package bitsandbytes, which cannot be imported: {' '.join(str(error).split())}"
         hint = "pip install 'truthgpt[qlora]'"
         raise ConfigError([Problem(key="model.lora.quantization", message=message, suggestion=hint)]) from error
+
+
+def refuse_quantized(name_or_path: str, architecture: PreTrainedConfig) -> None:
+    """Raise ConfigError when the weights of a model are bitsandbytes' own already: no other format of them is saved."""
+    found: Any = getattr(architecture, "quantization_config", None)
+    method = getattr(found, "quant_method", None) or (found or {}).get("quant_method")
+    if method == "bitsandbytes":
+        message = f"{name_or_path} holds weights that are quantised already"
+        hint = "name the model they come from, and set model.lora.quantization: nf4"
+        raise ConfigError([Problem(key="model.name_or_path", message=message, suggestion=hint)])
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -49,20 +60,29 @@ def take_quantization(architecture: PreTrainedConfig) -> bool:
     return True
 
 
-def compute_as_trained(model: PreTrainedModel) -> None:
+def prepare_quantized(model: PreTrainedModel) -> None:
     """Let the four-bit layers of `model` compute in evaluation what they compute in training.
 
     On processors with bf16 instructions bitsandbytes would repack the weights at the first evaluation, for a product
     that rounds otherwise.
+
+    Raises:
+        ConfigError: on a CPU, a layer whose rows are no whole blocks: bitsandbytes 0.50 dequantises it wrongly.
     """
-    for module in model.modules():
-        if is_quantized(module):
-            module.support_avx512bf16_for_cpu = False
+    for name, layer in model.named_modules():
+        if not is_quantized(layer):
+            continue
+        layer.support_avx512bf16_for_cpu = False
+        if model.device.type == "cpu" and layer.in_features % _BLOCK:
+            found = f"{name} has {layer.in_features} inputs"
+            message = f"{found}, and on a CPU bitsandbytes needs a multiple of {_BLOCK} for nf4"
+            hint = "set it to none, or train on a GPU"
+            raise ConfigError([Problem(key="model.lora.quantization", message=message, suggestion=hint)])
 
 
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether the weight of `layer` is one of bitsandbytes' four-bit ones."""
-    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+def is_quantized(layer: Any) -> bool:
+    """Whether `layer` is one of bitsandbytes' linear ones in four bits."""
+    return isinstance(layer, nn.Linear) and getattr(layer.weight, "quant_state", None) is not None
 
 
 def matrix(layer: nn.Linear | Conv1D) -> torch.Tensor:
