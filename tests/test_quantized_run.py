@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.process import Cli
 from tests.sample_data import write_sources
@@ -27,6 +28,7 @@ from truthgpt.load_model import load_model
 from truthgpt.models.quantized_base import is_quantized
 from truthgpt.models.trained_weights import adapter_weights
 
+TARGET = {"llama": "v_proj", "gpt2": "c_proj"}
 NF4 = ("model.lora.quantization=nf4",)
 BF16 = pytest.param("bf16", marks=needs_bf16)
 
@@ -106,6 +108,21 @@ class TestWithBitsandbytes:
         from truthgpt.models.causal_lm import count_parameters
 
         assert count_parameters(model)[0] == total
+
+    @pytest.mark.parametrize("some", [False, True])
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_merged_base_is_dequantized(self, bases: Cli, name: str, some: bool) -> None:
+        targets = TARGET[name] if some else "all-linear"
+        chosen = (*LORA, *pretrained(name), *NF4, "training.learning_rate=1e-2", "model.lora.method=dora")
+        run(bases, "train", "base.yaml", *chosen, f"model.lora.target_modules=[{targets}]")
+        check = run(bases, "export", "runs/t", "--out", "out", "--merge-lora", "--json").json["check"]
+        assert check["dtype"] == "float32" and check["difference"] < 1e-5 < check["adapter_effect"]
+        model = AutoModelForCausalLM.from_pretrained(bases.folder / "out", trust_remote_code=False)
+        assert getattr(model.config, "quantization_config", None) is None
+        ids = torch.tensor([list(b"the cat")])
+        with torch.no_grad():
+            ours = load_model(bases.folder / "runs/t", CPU).model(input_ids=ids).logits
+            torch.testing.assert_close(model(input_ids=ids).logits, ours)
 
     def test_the_folder_says_what_its_base_was(self, bases: Cli) -> None:
         run(bases, "train", "base.yaml", *LORA, *pretrained("llama"), *NF4)

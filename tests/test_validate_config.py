@@ -45,7 +45,7 @@ def mistake(override: str) -> Problem:
 
 def test_presets_are_valid() -> None:
     given = ["model.name_or_path=gpt2", "data.path=train.jsonl"]
-    own = {"finetune": given, "performance_max": given}
+    own = {"finetune": given, "lora_fast": given, "performance_max": given}
     for name in preset_names():
         config = load_config(name, own.get(name, ()))
         assert config.run_name == name

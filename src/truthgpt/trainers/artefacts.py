@@ -191,8 +191,11 @@ def _save_model(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
         torch.save(dict(state), folder / "pytorch_model.bin")
 
 
-def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any]) -> None:
+def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any], averaged: bool = True) -> None:
     """Put a checkpoint's final weights into `model`: the averaged ones where the run kept an average.
+
+    Args:
+        averaged: False for those of its step anyway.
 
     Raises:
         CheckpointError: they are adapters on another base.
@@ -200,5 +203,5 @@ def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any]) ->
     load_trained_state(model, payload["model"])
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, average in payload["ema"].items():
+        for name, average in payload["ema"].items() if averaged else ():
             parameters[name].copy_(average)
