@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.process import Cli
 from tests.sample_data import sentence
-from tests.test_lora_run import LORA, bases, last_loss, pretrained, run, train_straight_and_resumed
+from tests.test_lora_run import LORA, bases, last_loss, needs_bf16, pretrained, run, train_straight_and_resumed
 from truthgpt.load_model import load_model
 from truthgpt.models.tokenizer import byte_tokenizer
 from truthgpt.models.trained_weights import adapter_weights
@@ -44,12 +44,15 @@ def chats(bases: Cli) -> Cli:
     return bases
 
 
+@pytest.mark.parametrize("precision", ["none", pytest.param("bf16", marks=needs_bf16)])
 @pytest.mark.parametrize(("name", "method"), [("gpt2", "lora"), ("llama", "dora")])
-def test_new_tokens_are_trained_with_the_adapters(chats: Cli, name: str, method: str) -> None:
+def test_new_tokens_are_trained_with_the_adapters(chats: Cli, name: str, method: str, precision: str) -> None:
     chosen = (*LORA, *pretrained(name), *TOKENIZER, *CHAT, f"model.lora.method={method}")
+    chosen = (*chosen, f"training.mixed_precision={precision}")
     said = run(chats, "train", "base.yaml", *chosen).stderr
     assert said.count("2 tokens of the tokenizer are not in the model: as many rows are added") == 1
     folder = chats.folder / "runs/t"
+    assert json.loads((folder / "environment.json").read_text())["fallbacks"] == []
     evaluated = run(chats, "eval", "runs/t", "--json").json
     assert evaluated["metrics"]["loss"] == last_loss(folder)
     assert run(chats, "eval", "runs/t/checkpoints/best.pt", "--json").json == evaluated

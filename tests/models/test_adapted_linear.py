@@ -131,6 +131,16 @@ def test_dora_begins_with_the_lengths_of_the_rows_and_is_fit_for_rows_of_zeros()
     assert all(bool(p.grad.isfinite().all()) for p in layer.parameters() if p.grad is not None)
 
 
+def test_small_change_of_a_magnitude_counts_in_bf16() -> None:
+    """Of 0.35 percent: bf16 has no number between 1 and 1.0078."""
+    base = nn.Linear(8, 64, bias=False).bfloat16()
+    layer = DoraLinear(base, nn.Linear(8, 2, bias=False), nn.Linear(2, 64, bias=False), nn.Identity(), 1.0)
+    nn.init.zeros_(layer.lora_B.weight)
+    layer.lora_magnitude_vector.data = layer.norms() * 1.0035
+    x = torch.randn(32, 8, dtype=torch.bfloat16)
+    assert float((layer(x) != base(x)).float().mean()) > 0.5
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", SHAPES)
 def test_merged_weight_computes_the_same(family: str, method: Method) -> None:

@@ -49,8 +49,7 @@ def head_completes_body(model: PreTrainedModel) -> bool:
 
     Measured on a few random tokens: a family may do more between the two than is known here.
     """
-    head = output_head(model)
-    if head is None:
+    if output_head(model) is None:
         return False
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(model.config.get_text_config().vocab_size)
@@ -60,6 +59,8 @@ def head_completes_body(model: PreTrainedModel) -> bool:
     try:
         with torch.no_grad(), in_float32(model):
             whole = model(input_ids=ids, use_cache=False).logits
+            head = output_head(model)  # here, where its weight is float32
+            assert head is not None
             parts = head.logits(last_hidden_states(model, input_ids=ids))
     finally:
         model.train(training)
