@@ -25,7 +25,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 PAGES = sorted(
     path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
 )
-FINE_TUNING = ("finetune", "performance_max")
+FINE_TUNING = ("finetune", "lora_fast", "performance_max")
 """Presets that need a model and data."""
 RUNNABLE = [page for page in PAGES if FENCE.search((ROOT / page).read_text(encoding="utf-8"))]
 CONFIGS = sorted(
@@ -184,6 +184,19 @@ def test_debug_preset_trains_end_to_end(cli: Cli) -> None:
     assert finished.exit_code == 0, finished.stderr
     assert finished.json["state"] == "complete" and finished.json["step"] == 20
     assert cli("generate", "runs/debug", "--prompt", "def ", "--max-new-tokens", "3").exit_code == 0
+
+
+def test_lora_fast_trains_end_to_end(cli: Cli) -> None:
+    """Also where there is no GPU and no base."""
+    write_sources(cli.folder)
+    model = (
+        "model.config={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+        "num_attention_heads: 4}"
+    )
+    finished = cli("train", "lora_fast", "model.init=scratch", model, "data.path=rows.jsonl", "training.epochs=1")
+    assert finished.exit_code == 0, finished.stderr
+    assert "trained)" in finished.stderr and "steps of 8,192 tokens" in finished.stderr  # packed: 2 x 8 full rows
+    assert cli("generate", "runs/lora_fast", "--prompt", "the", "--max-new-tokens", "3").exit_code == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

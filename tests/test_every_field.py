@@ -217,9 +217,9 @@ def survives_two_bad_steps(trainer: GenericTrainer) -> bool:
 
 @built
 def adapters(components: Components) -> list[Any]:
-    """Name, rank, scale and dropout of every adapted layer."""
+    """Name, kind, rank, scale and dropout of every adapted layer."""
     return [
-        (name, tuple(layer.lora_A.weight.shape), layer.scaling, str(layer.lora_dropout))
+        (name, type(layer), tuple(layer.lora_A.weight.shape), layer.scaling, str(layer.lora_dropout))
         for name, layer in components.model.named_modules()
         if isinstance(layer, AdaptedLinear)
     ]
@@ -343,6 +343,8 @@ TABLE: dict[str, Shows | Refused] = {
     "model.kv_cache.block_size": Refused("model.kv_cache.block_size=64", "is not read by kv_cache.type: none"),
     "model.memory.policy": Shows("model.memory.policy=other", plan),
     "model.lora.enabled": Shows(LORA[0], built(lambda c: [n for n, _ in c.model.named_parameters()])),
+    "model.lora.method": Shows("model.lora.method=dora", adapters, LORA),
+    "model.lora.quantization": Refused("model.lora.quantization=nf4", "starts from random weights", LORA),
     "model.lora.r": Shows("model.lora.r=8", adapters, LORA),
     "model.lora.alpha": Shows("model.lora.alpha=8", adapters, LORA),
     "model.lora.dropout": Shows("model.lora.dropout=0.5", adapters, LORA),

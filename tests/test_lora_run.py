@@ -32,13 +32,13 @@ LORA = ("model.lora.enabled=true", "training.max_steps=12", "training.eval_inter
 needs_bf16 = pytest.mark.skipif(not has_native_bf16(CPU), reason="this processor computes bf16 in float32")
 
 
-def write_bases(folder: Path) -> None:
+def write_bases(folder: Path, width: int = 32) -> None:
     """`gpt2` (Conv1D, tied, dropout) and `llama`, as transformers saves them."""
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=257)).save_pretrained(
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=width, n_positions=64, vocab_size=257)).save_pretrained(
         folder / "gpt2"
     )
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4, "num_key_value_heads": 2}
     llama = LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=257, max_position_embeddings=64)
     LlamaForCausalLM(llama).save_pretrained(folder / "llama")
     for name in ("gpt2", "llama"):
@@ -69,9 +69,13 @@ def last_loss(folder: Path) -> float:
 
 
 @pytest.mark.parametrize("precision", ["none", pytest.param("bf16", marks=needs_bf16)])
-@pytest.mark.parametrize(("name", "dropout"), [("gpt2", 0.05), ("llama", 0.0)])
-def test_train_evaluate_generate(bases: Cli, name: str, dropout: float, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method", "dropout"),
+    [("gpt2", "lora", 0.05), ("llama", "lora", 0.0), ("gpt2", "dora", 0.0), ("llama", "dora", 0.05)],
+)
+def test_train_evaluate_generate(bases: Cli, name: str, method: str, dropout: float, precision: str) -> None:
     chosen = (*LORA, *pretrained(name), f"model.lora.dropout={dropout}", f"training.mixed_precision={precision}")
+    chosen = (*chosen, f"model.lora.method={method}")
     said = run(bases, "train", "base.yaml", *chosen).stderr
     assert "trained)" in said and "complete: 12 steps" in said
     folder = bases.folder / "runs/t"
@@ -88,9 +92,10 @@ def test_train_evaluate_generate(bases: Cli, name: str, dropout: float, precisio
     assert "PeftModel.from_pretrained" in card and str(bases.folder / name) in card and "Step: 12" in card
 
 
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_peft_loads_the_model(bases: Cli, name: str) -> None:
-    run(bases, "train", "base.yaml", *LORA, *pretrained(name))
+def test_peft_loads_the_model(bases: Cli, name: str, method: str) -> None:
+    run(bases, "train", "base.yaml", *LORA, *pretrained(name), f"model.lora.method={method}")
     folder = bases.folder / "runs/t/model"
     base = AutoModelForCausalLM.from_pretrained(bases.folder / name, trust_remote_code=False)
     ids = torch.tensor([list(b"the cat ran under a dog")])
@@ -105,10 +110,15 @@ def test_peft_loads_the_model(bases: Cli, name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["none", pytest.param("bf16", marks=needs_bf16)])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_resume_is_exact(bases: Cli, name: str, precision: str) -> None:
+@pytest.mark.parametrize(("name", "method"), [("gpt2", "lora"), ("llama", "lora"), ("gpt2", "dora"), ("llama", "dora")])
+def test_resume_is_exact(bases: Cli, name: str, method: str, precision: str) -> None:
     """With dropout in the adapters and an average of them."""
     chosen = (*LORA, *pretrained(name), "model.lora.dropout=0.1", f"training.mixed_precision={precision}")
+    train_straight_and_resumed(bases, *chosen, f"model.lora.method={method}")
+
+
+def train_straight_and_resumed(bases: Cli, *chosen: str) -> None:
+    """Twelve steps at once and from the checkpoint of step 5, the same bit for bit; for the whole run `straight`."""
     chosen = (*chosen, "checkpoint.keep_last=9")
     run(bases, "train", "base.yaml", *chosen, "output_dir=straight")
     run(bases, "train", "base.yaml", *chosen, "output_dir=cut")

@@ -45,7 +45,7 @@ def mistake(override: str) -> Problem:
 
 def test_presets_are_valid() -> None:
     given = ["model.name_or_path=gpt2", "data.path=train.jsonl"]
-    own = {"finetune": given, "performance_max": given}
+    own = {"finetune": given, "lora_fast": given, "performance_max": given}
     for name in preset_names():
         config = load_config(name, own.get(name, ()))
         assert config.run_name == name
@@ -252,6 +252,17 @@ IMAGES = [
             ["model.lora={enabled: true, target_modules: [all-linear, x]}"],
             "model.lora.target_modules",
             "stand beside it",
+        ),
+        (["model.lora.method=dora"], "model.lora.method", "enabled: true only"),
+        (["model.lora={enabled: true, quantization: nf4}"], "model.lora.quantization", "starts from random weights"),
+        (
+            [
+                "model.lora={enabled: true, method: dora}",
+                "training.mixed_precision=bf16",
+                "training.weights=bf16_stochastic",
+            ],
+            "model.lora.method",
+            "dora needs its magnitudes in float32; training.weights is bf16_stochastic",
         ),
         (["model.lora={enabled: true, target_modules: []}"], "model.lora.target_modules", "at least 1 items"),
         (["data.streaming=true"], "data.streaming", "is not read by data source python_stdlib"),

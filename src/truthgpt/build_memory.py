@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from truthgpt.build_data import bucket_bins, rows_per_micro_batch
@@ -41,6 +42,8 @@ HOST_S_PER_LAYER = {True: 1e-3, False: 2.8e-3}
 """Time the CPU takes to launch a layer's forward and backward: a micro-batch is not faster, however small it is."""
 FLOPS_PER_BYTE = 250.0
 """Peak arithmetic to memory traffic of a GPU, about: 206 on an H200, 295 on an H100, 156 on an A100."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight in NF4: four bits, a byte of scale for 64 of them, and a float32 for 256 scales."""
 ASSUMED_PEAK_FLOPS = 1e14
 """Where the peak is not known; plans are then compared, and no time is told."""
 
@@ -210,7 +213,7 @@ def step_cost(config: Config, machine: Machine) -> StepCost:
     in_layers = [p for layer in layers for p in layer.parameters()]
     trained_in_layers = sum(p.numel() for p in in_layers if p.requires_grad)
     held = Held(
-        weights=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+        weights=_weight_bytes(config, model, layers),
         gradients=sum(p.numel() * p.element_size() for p in trainable),
         summed_gradients=sum(4 * p.numel() for p in trainable),
         layer_share=trained_in_layers / sum(p.numel() for p in trainable),
@@ -250,7 +253,7 @@ def _model(config: Config, architecture: PreTrainedConfig, precision: str) -> Pr
     )
     if lora.enabled:
         require_peft()
-        settings = LoraSettings(lora.r, lora.alpha, lora.dropout, lora.target_modules)
+        settings = LoraSettings(lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.method)
         add_adapters(model, settings, None, config.seed)
     if config.training.weights != "float32" and half:
         hold_weights_in_bf16(model, sum_in_float32=False)
@@ -271,7 +274,16 @@ def _vocabulary_size(config: Config) -> int:
     return len(byte_tokenizer())
 
 
-def _state_bytes(config: Config, parameter: torch.nn.Parameter) -> int:
+def _weight_bytes(config: Config, model: PreTrainedModel, layers: list[nn.Module]) -> int:
+    """Parameters and buffers; the layers' frozen matrices in four bits where the base is quantised."""
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if config.model.lora.quantization == "none":
+        return held
+    frozen = [p for layer in layers for p in layer.parameters() if p.ndim == 2 and not p.requires_grad]
+    return round(held - sum(p.numel() * (p.element_size() - NF4_BYTES) for p in frozen))
+
+
+def _state_bytes(config: Config, parameter: nn.Parameter) -> int:
     known = state_bytes(config.optimizer.type, parameter, config.training.weights)
     return ASSUMED_BYTES * parameter.numel() if known is None else known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -15,11 +16,11 @@ from truthgpt.data.base import Batch
 from truthgpt.data.collate import PackedCollator
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.models.adapted_linear import share_inputs
+from truthgpt.models.added_tokens import missing_tokens, resize_embeddings
 from truthgpt.models.architecture import check_context, load_architecture
 from truthgpt.models.causal_lm import (
     build_causal_lm,
     causal_lm_loss,
-    check_vocabulary,
     enable_gradient_checkpointing,
     fit_vocabulary,
     load_causal_lm,
@@ -27,13 +28,16 @@ from truthgpt.models.causal_lm import (
     transformers_attention,
     whole_logits_loss,
 )
-from truthgpt.models.lora import LoraSettings, add_adapters, require_peft
+from truthgpt.models.lora import LoraSettings, add_adapters, add_tokens, require_peft
 from truthgpt.models.output_head import PROBE_TOKENS, head_completes_body
+from truthgpt.models.quantized_base import refuse_quantized, require_bitsandbytes
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.flops import training_flops_per_token
 from truthgpt.runtime.precision import Precision
 from truthgpt.task import TaskParts
 from truthgpt.trainers.engine import Objective
+
+logger = logging.getLogger(__name__)
 
 
 def build_text_task(
@@ -47,6 +51,8 @@ def build_text_task(
     """
     if config.model.lora.enabled:
         require_peft()
+    if config.model.lora.quantization != "none":
+        require_bitsandbytes()
     length = config.data.max_seq_len
     architecture = load_architecture(config.model.name_or_path, config.model.config, config.model.trust_remote_code)
     check_context(architecture, length)
@@ -56,7 +62,7 @@ def build_text_task(
     tokenizer = build_tokenizer(config, data)
     model = _build_model(config, architecture, tokenizer, device, precision)
     if config.model.lora.enabled:
-        _add_adapters(config, model, plan)
+        _add_adapters(config, model, tokenizer, plan)
     if plan.checkpointed_layers:
         enable_gradient_checkpointing(model, plan.checkpointed_layers)
     attends = attend(config, model, backend, precision, fallbacks)
@@ -102,8 +108,12 @@ def _build_model(
     dtype = torch.bfloat16 if frozen and precision.name == "bf16" else torch.float32
     base = _pretrained(config)
     if base is not None:
-        check_vocabulary(architecture.vocab_size, len(tokenizer))
-        model = load_causal_lm(base, architecture, attention, wanted.trust_remote_code, dtype)
+        refuse_quantized(base, architecture)
+        quantized_on = None if wanted.lora.quantization == "none" else device
+        model = load_causal_lm(base, architecture, attention, wanted.trust_remote_code, dtype, quantized_on)
+        if not frozen and missing_tokens(model, len(tokenizer)):
+            _say_added(missing_tokens(model, len(tokenizer)))
+            resize_embeddings(model, len(tokenizer))
     else:
         fit_vocabulary(architecture, tokenizer, wanted.config.get("vocab_size"))
         with device:
@@ -117,13 +127,22 @@ def _pretrained(config: Config) -> str | None:
     return None if config.model.init == "scratch" else config.model.name_or_path
 
 
-def _add_adapters(config: Config, model: PreTrainedModel, plan: MemoryPlan) -> None:
+def _add_adapters(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, plan: MemoryPlan) -> None:
     wanted, base = config.model.lora, _pretrained(config)
     if base is not None and Path(base).is_dir():
         base = str(Path(base).absolute())  # whoever loads the adapters may be in another working directory
-    add_adapters(model, LoraSettings(wanted.r, wanted.alpha, wanted.dropout, wanted.target_modules), base, config.seed)
+    settings = LoraSettings(wanted.r, wanted.alpha, wanted.dropout, wanted.target_modules, wanted.method)
+    add_adapters(model, settings, base, config.seed)
+    added = missing_tokens(model, len(tokenizer))
+    if added:
+        _say_added(added)
+        add_tokens(model, added)
     if not plan.checkpointed_layers:  # which `SharedInput` cannot stand under torch.compile
         share_adapter_inputs(model)
+
+
+def _say_added(tokens: int) -> None:
+    logger.info("%d tokens of the tokenizer are not in the model: as many rows are added, the mean of its own", tokens)
 
 
 def share_adapter_inputs(model: PreTrainedModel) -> None:

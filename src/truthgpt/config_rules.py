@@ -10,7 +10,7 @@ from typing import Any
 
 from truthgpt.config.data_section import DataConfig, MixedSource
 from truthgpt.config.load import shown
-from truthgpt.config.schema import Config, LoraConfig, ModelConfig
+from truthgpt.config.schema import Config, LoraConfig
 from truthgpt.config.strict_yaml import KeyPath
 from truthgpt.factories.collate import COLLATORS
 from truthgpt.factories.datasets import DATASETS, KEYS, reads
@@ -69,10 +69,11 @@ def _model_rules(config: Config) -> Iterator[Broken]:
         yield Broken(("model", "kv_cache", "block_size"), message, "leave it out", (("model", "kv_cache", "type"),))
     yield from _weight_rules(config)
     yield from _float8_rules(config)
-    yield from _lora_rules(model)
+    yield from _lora_rules(config)
 
 
-def _lora_rules(model: ModelConfig) -> Iterator[Broken]:
+def _lora_rules(config: Config) -> Iterator[Broken]:
+    model = config.model
     lora, enabled, targets = model.lora, ("model", "lora", "enabled"), ("model", "lora", "target_modules")
     if not lora.enabled:
         for key in LoraConfig.model_fields:
@@ -85,6 +86,15 @@ def _lora_rules(model: ModelConfig) -> Iterator[Broken]:
         yield Broken(enabled, message, "set it to false: all weights are trained", (("model", "task"),))
     if "all-linear" in lora.target_modules and len(lora.target_modules) > 1:
         yield Broken(targets, "all-linear takes all layers, and others stand beside it", "leave the others out")
+    if lora.method == "dora" and config.training.weights != "float32":
+        weights = config.training.weights
+        message = f"dora needs its magnitudes in float32; training.weights is {weights}"
+        yield Broken(("model", "lora", "method"), message, "set weights: float32", (("training", "weights"),))
+    scratch = model.init == "scratch" or model.name_or_path is None
+    if lora.quantization != "none" and scratch:
+        message = f"{lora.quantization} is for a pretrained model; this one starts from random weights"
+        fix = "set it to none, or give model.name_or_path"
+        yield Broken(("model", "lora", "quantization"), message, fix, (("model", "init"), ("model", "name_or_path")))
 
 
 def _weight_rules(config: Config) -> Iterator[Broken]:

@@ -24,6 +24,7 @@ from truthgpt.models.lora import (
     load_adapters,
     require_peft,
 )
+from truthgpt.models.quantized_base import require_bitsandbytes, take_quantization
 from truthgpt.models.tokenizer import load_tokenizer
 from truthgpt.trainers.artefacts import load_exported_weights
 from truthgpt.trainers.checkpoint import load_checkpoint
@@ -31,7 +32,7 @@ from truthgpt.trainers.checkpoint import load_checkpoint
 logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-_EVERY_WEIGHT_FILE = (*_WEIGHT_FILES, *ADAPTER_WEIGHT_FILES)
+EVERY_WEIGHT_FILE = (*_WEIGHT_FILES, *ADAPTER_WEIGHT_FILES)
 
 
 @dataclass(frozen=True)
@@ -47,49 +48,57 @@ class LoadedModel:
     run_directory: Path | None
 
 
-def load_model(target: Path, device: torch.device) -> LoadedModel:
+def load_model(target: Path, device: torch.device, averaged: bool = True, stored_type: bool = False) -> LoadedModel:
     """Load what `target` names: a run directory (its `model/`), a checkpoint file, or a Hugging Face or peft folder.
 
     A run without final weights yet is loaded from its best checkpoint, with one line that says so.
+
+    Args:
+        averaged: of a checkpoint, the averaged weights where the run kept an average; else those of its step.
+        stored_type: the base of adapters in the type its weights are stored in, instead of float32.
 
     Raises:
         CheckpointError: nothing there that can be loaded.
     """
     quiet_transformers()
     if target.is_file():
-        return _from_checkpoint(target, device)
-    if _has_weights(target):
-        return _from_folder(target, None, device)
-    if _has_weights(target / "model"):
-        return _from_folder(target / "model", target, device)
+        return _from_checkpoint(target, device, averaged, stored_type)
+    folder = trained_folder(target)
+    if folder is not None:
+        return _from_folder(folder, None if folder == target else target, device, stored_type)
     for name in ("best.pt", "last.pt"):
         checkpoint = target / "checkpoints" / name
         if checkpoint.is_file():
             logger.warning("%s has no final weights yet (the run is not complete): using %s", target, checkpoint)
-            return _from_checkpoint(checkpoint, device)
+            return _from_checkpoint(checkpoint, device, averaged, stored_type)
     raise CheckpointError(
         f"nothing to load at {target}: give a run directory (with model/ or checkpoints/), a checkpoint file (.pt), or "
         f"a Hugging Face folder (config.json, tokenizer.json and {' or '.join(_WEIGHT_FILES)})"
     )
 
 
+def trained_folder(target: Path) -> Path | None:
+    """The folder with weights that `target`, a folder or a run directory, is or has; None: there is none."""
+    return next((folder for folder in (target, target / "model") if _has_weights(folder)), None)
+
+
 def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _EVERY_WEIGHT_FILE)
+    return any((folder / name).is_file() for name in EVERY_WEIGHT_FILE)
 
 
-def _from_folder(folder: Path, run_directory: Path | None, device: torch.device) -> LoadedModel:
+def _from_folder(folder: Path, run_directory: Path | None, device: torch.device, stored_type: bool) -> LoadedModel:
     if _is_image_classifier(folder):
         architecture = load_architecture(str(folder), {}, trust_remote_code=False, kind=IMAGE_CLASSIFIER)
         model = load_image_classifier(str(folder), architecture, TRANSFORMERS_OWN, seed=0, trust_remote_code=False)
     elif (folder / ADAPTER_CONFIG).is_file():
-        model = _load_base(folder)
+        model = _load_base(folder, device, stored_type)
         load_adapters(model, folder)
     else:
-        model = _load_text_model(str(folder), str(folder))
+        model = _load_text_model(str(folder))
     return _loaded(model, folder, run_directory, device)
 
 
-def _from_checkpoint(checkpoint: Path, device: torch.device) -> LoadedModel:
+def _from_checkpoint(checkpoint: Path, device: torch.device, averaged: bool, stored_type: bool) -> LoadedModel:
     run_directory = checkpoint.absolute().parent.parent
     folder = run_directory / "model"
     if not (folder / "config.json").is_file():
@@ -102,21 +111,21 @@ def _from_checkpoint(checkpoint: Path, device: torch.device) -> LoadedModel:
         architecture = load_architecture(str(folder), {}, trust_remote_code=False, kind=IMAGE_CLASSIFIER)
         model = build_image_classifier(architecture, TRANSFORMERS_OWN, seed=0)
     elif (folder / ADAPTER_CONFIG).is_file():
-        model = _load_base(folder)
+        model = _load_base(folder, device, stored_type)
         add_saved_adapters(model, folder)
     else:
         architecture = load_architecture(str(folder), {}, trust_remote_code=False)
         model = build_causal_lm(architecture, transformers_attention(architecture), seed=0)
-    load_exported_weights(model, payload)
+    load_exported_weights(model, payload, averaged)
     return _loaded(model, folder, run_directory, device)
 
 
-def _load_text_model(weights: str, architecture_from: str) -> PreTrainedModel:
-    architecture = load_architecture(architecture_from, {}, trust_remote_code=False)
-    return load_causal_lm(weights, architecture, transformers_attention(architecture), trust_remote_code=False)
+def _load_text_model(folder: str) -> PreTrainedModel:
+    architecture = load_architecture(folder, {}, trust_remote_code=False)
+    return load_causal_lm(folder, architecture, transformers_attention(architecture), trust_remote_code=False)
 
 
-def _load_base(folder: Path) -> PreTrainedModel:
+def _load_base(folder: Path, device: torch.device, stored_type: bool) -> PreTrainedModel:
     """The model that the adapters in `folder` belong on, with the run's own configuration where there is one.
 
     Raises:
@@ -125,8 +134,23 @@ def _load_base(folder: Path) -> PreTrainedModel:
     require_peft()
     own = folder / BASE_FOLDER
     base = str(own) if own.is_dir() else base_of_adapters(folder)
+    described = folder if (folder / "config.json").is_file() else base
     try:
-        return _load_text_model(base, str(folder if (folder / "config.json").is_file() else base))
+        architecture = load_architecture(str(described), {}, trust_remote_code=False)
+        dtype, quantized = torch.float32, take_quantization(architecture)
+        if quantized:
+            require_bitsandbytes()
+            dtype = architecture.dtype or dtype  # as it was quantised
+        elif stored_type:
+            dtype = load_architecture(base, {}, trust_remote_code=False).dtype or dtype
+        return load_causal_lm(
+            base,
+            architecture,
+            transformers_attention(architecture),
+            trust_remote_code=False,
+            dtype=dtype,
+            quantized_on=device if quantized else None,
+        )
     except ConfigError as error:
         unfinished = ""
         if Path(base) == own.absolute():

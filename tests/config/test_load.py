@@ -34,7 +34,7 @@ def test_default_is_the_packaged_file() -> None:
     assert raw.data == load_raw("llm_default").data
     assert raw.data["run_name"] == "llm_default"
     assert raw.origins["seed",].file == "configs/llm_default.yaml"
-    assert preset_names() == ["llm_default", "debug", "finetune", "performance_max"]
+    assert preset_names() == ["llm_default", "debug", "finetune", "lora_fast", "performance_max"]
 
 
 def test_a_preset_name_never_stands_for_a_path() -> None:

@@ -26,6 +26,9 @@ from torch._dynamo.utils import counters
 
 from truthgpt.load_model import load_model
 from truthgpt.models.causal_lm import build_causal_lm
+from truthgpt.models.lora import Method
+from truthgpt.models.quantized_base import is_quantized
+from truthgpt.models.tokenizer import byte_tokenizer
 from truthgpt.models.trained_weights import adapter_weights
 from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.precision import hold_frozen_in_bf16
@@ -33,6 +36,8 @@ from truthgpt.runtime.precision import hold_frozen_in_bf16
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 LORA = ("model.lora.enabled=true", "model.lora.dropout=0.0", "training.mixed_precision=bf16")
+NF4 = "model.lora.quantization=nf4"
+DORA = "model.lora.method=dora"
 COMPILED = "training.torch_compile=true"
 BIG = (
     "{model_type: llama, hidden_size: 1024, intermediate_size: 4096, num_hidden_layers: 12, num_attention_heads: 16, "
@@ -52,14 +57,15 @@ def test_learns_as_on_a_cpu(tmp_path: Path, data: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", SHAPES)
-def test_gradients_are_pefts(family: str, compiled: bool) -> None:
-    base = model_of(SHAPES[family], "sdpa").to(DEVICE)
+def test_gradients_are_pefts(family: str, method: Method, compiled: bool) -> None:
+    base, wanted = model_of(SHAPES[family], "sdpa").to(DEVICE), settings(method=method)
     hold_frozen_in_bf16(base.requires_grad_(False))
-    ours = adapted(base, settings())
-    for weight in adapter_weights(ours).values():
-        weight.mul_(0.25)
-    theirs, exact = by_peft(base, ours, settings()), by_peft(base.float(), ours, settings())
+    ours = adapted(base, wanted)
+    for name, weight in adapter_weights(ours).items():
+        weight.mul_(1.0 if name.endswith("magnitude_vector") else 0.25)
+    theirs, exact = by_peft(base, ours, wanted), by_peft(base.float(), ours, wanted)
     if compiled:
         for layer in decoder_layers(ours):
             layer.compile(fullgraph=True, dynamic=False)
@@ -92,7 +98,11 @@ def test_base_is_never_in_float32(tmp_path: Path, compiled: bool) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("data", [(f"model.config={LLAMA}",), PACKED, ()], ids=["joined", "packed", "gpt2"])
+@pytest.mark.parametrize(
+    "data",
+    [(f"model.config={LLAMA}",), PACKED, (*PACKED, DORA), (), (DORA,)],
+    ids=["joined", "packed", "packed dora", "gpt2", "gpt2 dora"],
+)
 def test_whole_layers_are_compiled_once(tmp_path: Path, data: tuple[str, ...], accumulation: int) -> None:
     torch._dynamo.reset()
     counters.clear()
@@ -119,9 +129,11 @@ def test_compiled_losses_are_those_of_operations(tmp_path: Path, mode: str) -> N
     assert eager[-1] < eager[0] - 0.1 and compiled == pytest.approx(eager, rel=LOSS_NOISE)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_step_never_waits_for_the_device(tmp_path: Path, dropout: float) -> None:
-    trainer = gpu_trainer(tmp_path, "run", *LORA, f"model.lora.dropout={dropout}", *PACKED)
+def test_a_step_never_waits_for_the_device(tmp_path: Path, dropout: float, method: str) -> None:
+    chosen = (f"model.lora.dropout={dropout}", f"model.lora.method={method}")
+    trainer = gpu_trainer(tmp_path, "run", *LORA, *chosen, *PACKED)
     engine = trainer.parts.engine
     batches = list(islice(trainer.parts.loader.batches(), 6))
     for step, batch in enumerate(batches[:3]):
@@ -135,8 +147,15 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, dropout: float) -> No
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_resume_is_exact_in_deterministic_mode(tmp_path: Path) -> None:
-    shape = (*LORA, "model.lora.dropout=0.1", "hardware.deterministic=true", "training.eval_interval=20")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_resume_is_exact_in_deterministic_mode(tmp_path: Path, method: str) -> None:
+    shape = (
+        *LORA,
+        "model.lora.dropout=0.1",
+        f"model.lora.method={method}",
+        "hardware.deterministic=true",
+        "training.eval_interval=20",
+    )
     train_straight_and_resumed(tmp_path, *shape)
     equal(*(final_checkpoint(tmp_path / name, 40) for name in ("straight", "resumed")))
 
@@ -163,3 +182,46 @@ def test_random_base_depends_on_the_seed_only() -> None:
     weights = [next(model.parameters()) for model in made]
     assert weights[0].is_cuda and weights[0].dtype == torch.bfloat16
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def tokens_added(folder: Path) -> tuple[str, ...]:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(folder / "chat_tokenizer")
+    return (f"model.tokenizer={{type: path, path: {folder / 'chat_tokenizer'}}}",)
+
+
+@pytest.mark.parametrize("graph", ["default", pytest.param("reduce-overhead", marks=needs_compiler)])
+def test_new_tokens_learn_as_on_a_cpu(tmp_path: Path, graph: str) -> None:
+    chosen = (*LORA, *pretrained_llama(tmp_path), *tokens_added(tmp_path), "training.learning_rate=3e-3")
+    on_cpu = ("training.mixed_precision=none", "hardware.device=cpu")
+    compiled = (COMPILED, f"training.compile_mode={graph}") if graph != "default" else ()
+    exact = losses(tmp_path, "cpu", *chosen, *on_cpu)
+    assert losses(tmp_path, "gpu", *chosen, *compiled) == pytest.approx(exact, rel=LOSS_NOISE)
+
+
+class TestFourBits:
+    """A base in NF4; needs bitsandbytes."""
+
+    @pytest.fixture(autouse=True)
+    def _package(self) -> None:
+        pytest.importorskip("bitsandbytes")
+
+    @pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=needs_compiler)])
+    def test_learns_as_on_a_cpu(self, tmp_path: Path, compiled: str) -> None:
+        chosen = (*LORA, *pretrained_llama(tmp_path), NF4, "training.learning_rate=3e-3")
+        exact = losses(tmp_path, "cpu", *chosen, "training.mixed_precision=none", "hardware.device=cpu")
+        rough = losses(tmp_path, "gpu", *chosen, f"training.torch_compile={compiled}")
+        assert exact[-1] < exact[0] - 0.1 and rough == pytest.approx(exact, rel=LOSS_NOISE)
+
+    def test_base_takes_half_a_byte_a_weight(self, tmp_path: Path) -> None:
+        trainer = gpu_trainer(tmp_path, "run", *LORA, *pretrained_llama(tmp_path), NF4)
+        layers = [m for m in trainer.parts.engine.model.modules() if is_quantized(m)]
+        held = sum(m.weight.nbytes for m in layers)
+        assert layers and held * 2 == sum(m.in_features * m.out_features for m in layers)
+        assert all(m.weight.is_cuda for m in layers)
+
+    def test_resume_is_exact_in_deterministic_mode(self, tmp_path: Path) -> None:
+        shape = (*LORA, *pretrained_llama(tmp_path), NF4, "hardware.deterministic=true", "training.eval_interval=20")
+        train_straight_and_resumed(tmp_path, *shape)
+        equal(*(final_checkpoint(tmp_path / name, 40) for name in ("straight", "resumed")))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from truthgpt.models.adapted_linear import share_inputs
 from truthgpt.models.causal_lm import causal_lm_loss
-from truthgpt.models.lora import LoraSettings, add_adapters
+from truthgpt.models.lora import LoraSettings, Method, add_adapters
 from truthgpt.models.trained_weights import adapter_weights
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -22,8 +22,24 @@ SHAPES = {name: FAMILIES[name] for name in ("llama", "qwen3")} | {"gpt2": {**FAM
 IDS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-def settings(dropout: float = 0.0, targets: tuple[str, ...] = ("all-linear",), r: int = 4) -> LoraSettings:
-    return LoraSettings(r=r, alpha=12, dropout=dropout, target_modules=targets)
+METHODS: tuple[Method, ...] = ("lora", "rslora", "dora")
+
+
+def settings(
+    dropout: float = 0.0, targets: tuple[str, ...] = ("all-linear",), r: int = 4, method: Method = "lora"
+) -> LoraSettings:
+    return LoraSettings(r=r, alpha=12, dropout=dropout, target_modules=targets, method=method)
+
+
+def peft_config(wanted: LoraSettings, targets: Any = "all-linear") -> LoraConfig:
+    return LoraConfig(
+        r=wanted.r,
+        lora_alpha=wanted.alpha,
+        lora_dropout=wanted.dropout,
+        target_modules=targets,
+        use_rslora=wanted.method == "rslora",
+        use_dora=wanted.method == "dora",
+    )
 
 
 def adapted(model: PreTrainedModel, wanted: LoraSettings, *, trained: bool = True, share: bool = True) -> Any:
@@ -32,8 +48,10 @@ def adapted(model: PreTrainedModel, wanted: LoraSettings, *, trained: bool = Tru
     add_adapters(model, wanted, None, seed=3)
     generator = torch.Generator().manual_seed(5)
     if trained:
-        for weight in adapter_weights(model).values():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+        for name, weight in adapter_weights(model).items():
+            noise = torch.randn(weight.shape, generator=generator) * 0.2
+            # Magnitudes are lengths: they stay near those of the base's rows.
+            weight.copy_(weight * (1 + noise) if name.endswith("magnitude_vector") else noise)
     if share:
         share_inputs(model, IDS[:1, :8].to(model.device))
     return model
@@ -42,10 +60,9 @@ def adapted(model: PreTrainedModel, wanted: LoraSettings, *, trained: bool = Tru
 def by_peft(model: PreTrainedModel, ours: Any, wanted: LoraSettings) -> Any:
     """A copy of `model` with peft's own layers, whose adapters have the weights of `ours`."""
     model = copy.deepcopy(model)
-    config = LoraConfig(r=wanted.r, lora_alpha=wanted.alpha, lora_dropout=wanted.dropout, target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(peft_config(wanted), model)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.lora_A.float(), module.lora_B.float()
@@ -58,7 +75,7 @@ def by_peft(model: PreTrainedModel, ours: Any, wanted: LoraSettings) -> Any:
 
 
 def peft_name(name: str) -> str:
-    return name.replace(".default.", ".")
+    return name.replace(".default.", ".").replace("magnitude_vector.weight", "magnitude_vector")
 
 
 def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -81,5 +98,5 @@ def differences(first: Any, second: Any) -> list[float]:
 
 def error_of_all(found: Any, truth: Any) -> float:
     """Of all gradients as one vector: small ones are differences of large numbers, and mostly noise in bf16."""
-    first, second = (torch.cat([g.double().flatten() for g in each[1].values()]) for each in (found, truth))
+    first, second = (torch.cat([g.double().flatten() for _, g in sorted(each[1].items())]) for each in (found, truth))
     return float((first - second).norm() / second.norm())

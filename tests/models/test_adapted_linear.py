@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from tests.attention.packed_models import model_of
 from tests.models.adapted_models import (
     IDS,
+    METHODS,
     SHAPES,
     adapted,
     by_peft,
@@ -25,16 +26,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from truthgpt.memory.base import EVERY_LAYER
 from truthgpt.models.adapted_linear import AdaptedLinear, SharedInput, share_inputs
 from truthgpt.models.causal_lm import enable_gradient_checkpointing
+from truthgpt.models.dora_linear import DoraLinear
+from truthgpt.models.lora import Method
 from truthgpt.models.trained_weights import adapter_weights
 from truthgpt.runtime.precision import hold_frozen_in_bf16
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "alone"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", SHAPES)
-def test_loss_and_gradients_are_pefts(family: str, share: bool) -> None:
-    base = model_of(SHAPES[family]).double()
-    ours = adapted(base, settings(), share=share)
-    theirs = by_peft(base, ours, settings())
+def test_loss_and_gradients_are_pefts(family: str, method: Method, share: bool) -> None:
+    base, wanted = model_of(SHAPES[family]).double(), settings(method=method)
+    ours = adapted(base, wanted, share=share)
+    theirs = by_peft(base, ours, wanted)
     assert max(differences(loss_and_gradients(ours.double()), loss_and_gradients(theirs.double()))) < 1e-12
 
 
@@ -46,9 +50,10 @@ class FixedMask(nn.Module):
         return x * mask.to(x.dtype) / 0.8
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", SHAPES)
-def test_with_dropout_too(family: str) -> None:
-    base, wanted = model_of(SHAPES[family]).double(), settings(dropout=0.25)
+def test_with_dropout_too(family: str, method: Method) -> None:
+    base, wanted = model_of(SHAPES[family]).double(), settings(dropout=0.25, method=method)
     ours = adapted(base, wanted)
     theirs = by_peft(base, ours, wanted)
     found = []
@@ -59,14 +64,16 @@ def test_with_dropout_too(family: str) -> None:
     assert differences(found[0], loss_and_gradients(ours))[0] > 1e-6, "dropout was off"
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("family", SHAPES)
-def test_in_bf16_no_further_from_the_truth_than_peft(family: str, dropout: float) -> None:
-    base, wanted = model_of(SHAPES[family]), settings(dropout)
+def test_in_bf16_no_further_from_the_truth_than_peft(family: str, dropout: float, method: Method) -> None:
+    base, wanted = model_of(SHAPES[family]), settings(dropout, method=method)
     hold_frozen_in_bf16(base.requires_grad_(False))
     ours = adapted(base, wanted)
-    for weight in adapter_weights(ours).values():
-        weight.mul_(0.25)  # large ones make a chaos of so small a model, in which no rounding can be told from another
+    for name, weight in adapter_weights(ours).items():
+        # Large ones make a chaos of so small a model, in which no rounding can be told from another.
+        weight.mul_(1.0 if name.endswith("magnitude_vector") else 0.25)
     theirs = by_peft(base, ours, wanted)
     exact = by_peft(base.float(), ours, wanted)
     for model in (ours, theirs, exact):
@@ -106,6 +113,42 @@ def test_activations_keep_their_type() -> None:
         layer(x).sum().backward()
     assert torch.bfloat16 in outputs.types and outputs.types <= {torch.bfloat16, torch.bool}
     assert layer.lora_A.weight.grad.dtype == torch.float32
+
+
+def test_dora_begins_with_the_lengths_of_the_rows_and_is_fit_for_rows_of_zeros() -> None:
+    weight = torch.randn(5, 8, dtype=torch.float64)
+    weight[2] = 0.0
+    base = nn.Linear(8, 5).double()
+    base.weight.data.copy_(weight)
+    layer = DoraLinear(base, nn.Linear(8, 2, bias=False), nn.Linear(2, 5, bias=False), nn.Identity(), 1.5).double()
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    torch.testing.assert_close(layer.norms(), (weight + 1.5 * b @ a).norm(dim=1))
+    nn.init.zeros_(layer.lora_B.weight)
+    layer.lora_magnitude_vector.data.copy_(layer.norms())
+    torch.testing.assert_close(layer.lora_magnitude_vector.data, weight.norm(dim=1))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert torch.equal(layer(x), base(x))
+    layer(x).square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in layer.parameters() if p.grad is not None)
+
+
+def test_small_change_of_a_magnitude_counts_in_bf16() -> None:
+    """Of 0.35 percent: bf16 has no number between 1 and 1.0078."""
+    base = nn.Linear(8, 64, bias=False).bfloat16()
+    layer = DoraLinear(base, nn.Linear(8, 2, bias=False), nn.Linear(2, 64, bias=False), nn.Identity(), 1.0)
+    nn.init.zeros_(layer.lora_B.weight)
+    layer.lora_magnitude_vector.data = layer.norms() * 1.0035
+    x = torch.randn(32, 8, dtype=torch.bfloat16)
+    assert float((layer(x) != base(x)).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", SHAPES)
+def test_merged_weight_computes_the_same(family: str, method: Method) -> None:
+    model = adapted(model_of(SHAPES[family]).double(), settings(method=method), share=False).double()
+    for layer in [module for module in model.modules() if isinstance(module, AdaptedLinear)][:3]:
+        x = torch.randn(3, layer.lora_A.weight.shape[1], dtype=torch.float64)
+        torch.testing.assert_close(torch.nn.functional.linear(x, layer.merged(), layer.bias), layer(x))
 
 
 def test_weight_and_bias_are_the_bases() -> None:
@@ -165,15 +208,26 @@ def test_a_layer_called_twice_shares_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "dropout", "checkpointing"),
-    [("llama", 0.0, False), ("llama", 0.0, True), ("llama", 0.1, False), ("gpt2", 0.0, False), ("qwen3", 0.0, False)],
+    ("family", "method", "dropout", "checkpointing"),
+    [
+        ("llama", "lora", 0.0, False),
+        ("llama", "lora", 0.0, True),
+        ("llama", "lora", 0.1, False),
+        ("llama", "dora", 0.0, False),
+        ("llama", "dora", 0.1, True),
+        ("gpt2", "lora", 0.0, False),
+        ("gpt2", "dora", 0.0, False),
+        ("qwen3", "lora", 0.0, False),
+    ],
 )
-def test_compiled_layers_are_whole_graphs(family: str, dropout: float, checkpointing: bool) -> None:
+def test_compiled_layers_are_whole_graphs(family: str, method: Method, dropout: float, checkpointing: bool) -> None:
     """At most one graph for the first layer, whose input needs no gradient, and one for all others; none later."""
     torch._dynamo.reset()
     counters.clear()
     values = {**SHAPES[family], "layer_types": ["full_attention"] * 4} if family == "qwen3" else SHAPES[family]
-    model = adapted(model_of(values, "sdpa").double(), settings(dropout), share=not checkpointing).double()
+    model = adapted(
+        model_of(values, "sdpa").double(), settings(dropout, method=method), share=not checkpointing
+    ).double()
     if checkpointing:
         enable_gradient_checkpointing(model, EVERY_LAYER)
     torch.manual_seed(2)

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import PeftModel, inject_adapter_in_model
 from tests.attention.packed_models import COMMON, model_of
-from tests.models.adapted_models import IDS, SHAPES, adapted, peft_name, settings
+from tests.models.adapted_models import IDS, METHODS, SHAPES, adapted, peft_config, peft_name, settings
 from torch import nn
 from transformers import PreTrainedModel
 
 from truthgpt.errors import CheckpointError, ConfigError
 from truthgpt.models.adapted_linear import AdaptedLinear
-from truthgpt.models.lora import add_adapters, load_adapters, require_peft, save_adapter_config, save_adapters
+from truthgpt.models.lora import Method, add_adapters, load_adapters, require_peft, save_adapter_config, save_adapters
 from truthgpt.models.trained_weights import adapter_weights
 from truthgpt.runtime.precision import hold_frozen_in_bf16
 from truthgpt.runtime.seeds import derive_seed
@@ -28,12 +28,13 @@ from truthgpt.runtime.seeds import derive_seed
 LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", SHAPES)
-def test_begins_as_peft_begins_and_changes_nothing_yet(family: str) -> None:
-    base = model_of(SHAPES[family]).eval()
+def test_begins_as_peft_begins_and_changes_nothing_yet(family: str, method: Method) -> None:
+    base, wanted = model_of(SHAPES[family]).eval(), settings(method=method)
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    model = adapted(base, settings(), trained=False).eval()
+    model = adapted(base, wanted, trained=False).eval()
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(model(input_ids=IDS).logits, base(input_ids=IDS).logits)
     torch.manual_seed(derive_seed(3, "adapters"))
@@ -41,13 +42,14 @@ def test_begins_as_peft_begins_and_changes_nothing_yet(family: str) -> None:
     targets = [name.removesuffix(".lora_A.weight") for name in adapter_weights(model) if "lora_A" in name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        inject_adapter_in_model(LoraConfig(r=4, lora_alpha=12, target_modules=targets), theirs)
+        inject_adapter_in_model(peft_config(wanted, targets), theirs)
     own = adapter_weights(model)
     for name, value in theirs.named_parameters():
         if "lora_" in name:
-            assert torch.equal(own[peft_name(name)], value), name
-    again, other = adapted(base, settings(), trained=False), copy.deepcopy(base)
-    add_adapters(other, settings(), None, seed=4)
+            # peft measures the lengths of the rows in another order of sums.
+            torch.testing.assert_close(own[peft_name(name)], value, rtol=1e-6 if "magnitude" in name else 0.0, atol=0.0)
+    again, other = adapted(base, wanted, trained=False), copy.deepcopy(base)
+    add_adapters(other, wanted, None, seed=4)
     assert all(torch.equal(value, own[name]) for name, value in adapter_weights(again).items())
     assert any(not torch.equal(value, own[name]) for name, value in adapter_weights(other).items())
 
@@ -118,17 +120,18 @@ def saved(model: Any, base: PreTrainedModel, folder: Path, as_safetensors: bool 
 
 
 @pytest.mark.parametrize("as_safetensors", [True, False])
-@pytest.mark.parametrize("family", SHAPES)
-def test_saved_for_peft_and_for_us(tmp_path: Path, family: str, as_safetensors: bool) -> None:
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_saved_for_peft_and_for_us(tmp_path: Path, family: str, method: Method, as_safetensors: bool) -> None:
     base = model_of(SHAPES[family], "sdpa").eval()
-    model = adapted(base, settings(), share=False).eval()
+    model = adapted(base, settings(method=method), share=False).eval()
     folder = saved(model, base, tmp_path, as_safetensors)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
         theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder, trust_remote_code=False).eval()
         torch.testing.assert_close(theirs(input_ids=IDS).logits, expected)
         merged = theirs.merge_and_unload()
-        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=5e-5)
         ours = copy.deepcopy(base)
         load_adapters(ours, folder)
         assert torch.equal(ours.eval()(input_ids=IDS).logits, expected)
@@ -139,6 +142,10 @@ def test_saved_for_peft_and_for_us(tmp_path: Path, family: str, as_safetensors: 
     assert config["target_modules"] == sorted(config["target_modules"]) and config["fan_in_fan_out"] == (
         family == "gpt2"
     )
+
+
+def with_bias(config: dict[str, Any]) -> None:
+    config["lora_bias"] = True
 
 
 def dora(config: dict[str, Any]) -> None:
@@ -159,7 +166,13 @@ def wider(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "phrase"),
-    [(dora, "more than a linear layer"), (newer, "of_the_future"), (elsewhere, "nowhere"), (wider, "size mismatch")],
+    [
+        (with_bias, "more than a linear layer"),
+        (dora, "lora_magnitude_vector is not on both sides"),
+        (newer, "of_the_future"),
+        (elsewhere, "nowhere"),
+        (wider, "size mismatch"),
+    ],
 )
 def test_adapters_that_cannot_be_loaded(tmp_path: Path, change: Callable[[dict[str, Any]], None], phrase: str) -> None:
     base = model_of(SHAPES["llama"])

@@ -12,6 +12,7 @@ from tests.attention.packed_models import model_of
 from tests.models.adapted_models import IDS, SHAPES, adapted, loss_and_gradients, settings
 
 from truthgpt.errors import CheckpointError, ConfigError
+from truthgpt.models.lora import Method
 from truthgpt.models.trained_weights import (
     BASE_DIGEST,
     adapter_weights,
@@ -23,10 +24,11 @@ from truthgpt.models.trained_weights import (
 from truthgpt.runtime.precision import hold_frozen_in_bf16
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", SHAPES)
-def test_state_is_the_adapters(family: str) -> None:
-    base = model_of(SHAPES[family])
-    model, other = adapted(base, settings()), adapted(base, settings(), trained=False)
+def test_state_is_the_adapters(family: str, method: Method) -> None:
+    base, wanted = model_of(SHAPES[family]), settings(method=method)
+    model, other = adapted(base, wanted), adapted(base, wanted, trained=False)
     state = {name: value.clone() for name, value in trained_state(model).items()}
     assert state.keys() == {*adapter_weights(model), BASE_DIGEST}
     load_trained_state(other, state)

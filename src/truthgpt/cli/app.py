@@ -13,6 +13,7 @@ from truthgpt.cli.benchmark import benchmark_app
 from truthgpt.cli.components import components, load_installed_plugins, load_plugins
 from truthgpt.cli.doctor import doctor
 from truthgpt.cli.evaluate import evaluate
+from truthgpt.cli.export import export
 from truthgpt.cli.generate import generate
 from truthgpt.cli.init import init
 from truthgpt.cli.inspect import inspect
@@ -72,6 +73,7 @@ app.command(epilog=_EVERYWHERE)(doctor)
 app.command(epilog=_EVERYWHERE)(components)
 app.command("eval", epilog=_EVERYWHERE)(evaluate)
 app.command(epilog=_EVERYWHERE)(generate)
+app.command(epilog=_EVERYWHERE)(export)
 app.add_typer(runs_app, name="runs", epilog=_EVERYWHERE)
 app.add_typer(benchmark_app, name="benchmark", epilog=_EVERYWHERE)
 

@@ -14,7 +14,7 @@ from truthgpt.cli.schema import key_meanings
 from truthgpt.errors import ConfigError, RunDirectoryError
 
 _FINE_TUNING: dict[str, dict[str, str]] = {"model": {"name_or_path": "gpt2"}, "data": {"path": "train.jsonl"}}
-_OWN_VALUES = {"finetune": _FINE_TUNING, "performance_max": _FINE_TUNING}
+_OWN_VALUES = {"finetune": _FINE_TUNING, "lora_fast": _FINE_TUNING, "performance_max": _FINE_TUNING}
 """What a preset leaves to its user, by section, with values to replace."""
 
 _HEADER = """\

@@ -45,6 +45,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "gradient_accumulation_iters": "training.grad_accum_steps",
     "gradient_accumulation_steps": "training.grad_accum_steps",
     "gradient_clipping": "training.max_grad_norm",
+    "load_in_4bit": "model.lora.quantization",
     "logging_steps": "training.log_interval",
     "lora_alpha": "model.lora.alpha",
     "lora_dropout": "model.lora.dropout",
@@ -67,6 +68,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "save_total_limit": "checkpoint.keep_last",
     "sequence_len": "data.max_seq_len",
     "tf32": "training.allow_tf32",
+    "use_dora": "model.lora.method",
+    "use_rslora": "model.lora.method",
     "warmup_steps": "training.warmup_ratio",
 }
 """Keys of other trainers, and the key that means the same here."""

@@ -62,10 +62,13 @@ class MemoryConfig(Section):
 
 class LoraConfig(Section):
     """Low-rank adapters (LoRA, Hu et al. 2021): small matrices beside the frozen layers of a causal_lm, made and saved
-    by peft (extra `lora`)."""
+    by peft (extra `lora`). Tokens that the model lacks are trained with them."""
 
     enabled: bool = False
     """Train low-rank adapters instead of all weights. With `mixed_precision: bf16` the frozen model is held in bf16."""
+    method: Literal["lora", "rslora", "dora"] = "lora"
+    """`rslora` (Kalajdzievski 2023) scales by alpha / sqrt(r), for high ranks. `dora` (Liu et al. 2024) trains the
+    length of every row of a weight apart from its direction: closer to full fine-tuning at low ranks, and slower."""
     r: Positive = 16
     """Rank of the adapters."""
     alpha: Positive = 32
@@ -74,6 +77,9 @@ class LoraConfig(Section):
     """Dropout on the adapters' input. Without it, layers that share an input share its product: faster on a GPU."""
     target_modules: NameList = ["all-linear"]
     """Layers to adapt: endings of module names such as `[q_proj, v_proj]`, or `all-linear`: all but the output head."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4` holds the linear layers of a pretrained frozen model in four bits (QLoRA, Dettmers et al. 2023; extra
+    `qlora`), for a quarter of the memory that bf16 takes; every product is slower."""
 
 
 class ModelConfig(Section):

@@ -14,16 +14,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from truthgpt.models.quantized_base import matrix
+
 
 class AdaptedLinear(nn.Module):
     """`base(x) + scaling * B @ A @ dropout(x)`, with a frozen base. The names of its parts are peft's.
 
     Args:
-        base_layer: nn.Linear, or transformers' Conv1D.
+        base_layer: nn.Linear, one of bitsandbytes' four-bit ones, or transformers' Conv1D.
         lora_A: the layer of A, `(r, in)`, without bias.
         lora_B: the layer of B, `(out, r)`, without bias.
         lora_dropout: on the adapter's input.
-        scaling: alpha / r.
+        scaling: alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732).
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in)` to `(..., out)`, computed in the type of `x`."""
         result: torch.Tensor = self.base_layer(x)
-        low = self.low_rank(x) if self._shared is None else self._shared.low_rank(x, self._place)
+        low = self.low_rank(x)
         # Scaling B costs nothing beside its cast; scaling `low` or the product would be a kernel of its own.
         return result + F.linear(low, (self.lora_B.weight * self.scaling).to(x.dtype))
 
@@ -67,8 +69,19 @@ class AdaptedLinear(nn.Module):
         return bias
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
-        """`A @ dropout(x)`, `(..., r)`."""
-        return F.linear(self.lora_dropout(x), self.lora_A.weight.to(x.dtype))
+        """`A @ dropout(x)`, `(..., r)`, perhaps made together with other layers'."""
+        return self.product_with_a(self.lora_dropout(x)) if self._shared is None else self._shared(x, self._place)
+
+    def product_with_a(self, x: torch.Tensor) -> torch.Tensor:
+        """`A @ x`, `(..., r)`."""
+        return F.linear(x, self.lora_A.weight.to(x.dtype))
+
+    @torch.no_grad()
+    def merged(self) -> torch.Tensor:
+        """The weight of one layer that computes what base and adapter do, `(out, in)`, at least in float32."""
+        weight = matrix(self.base_layer)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(exact) + self.scaling * (self.lora_B.weight.to(exact) @ self.lora_A.weight.to(exact))
 
 
 class SharedInput:
@@ -90,14 +103,14 @@ class SharedInput:
         for place, layer in enumerate(layers):
             layer.share(self, place)
 
-    def low_rank(self, x: torch.Tensor, place: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, place: int) -> torch.Tensor:
         """`A @ x` of the layer at `place`, `(..., r)`."""
         if place == 0:
             matrices = [each.lora_A.weight for each in self._layers]
             products = F.linear(x, torch.cat(matrices).to(x.dtype))
             self._input, self._products = x, torch.split(products, [m.shape[0] for m in matrices], dim=-1)
         if x is not self._input:
-            return self._layers[place].low_rank(x)
+            return self._layers[place].product_with_a(x)
         product = self._products[place]
         if place == len(self._layers) - 1:
             self._input, self._products = None, ()

@@ -26,7 +26,9 @@ from truthgpt.errors import ConfigError, Problem
 from truthgpt.models.linear_cross_entropy import linear_cross_entropy
 from truthgpt.models.lora import ADAPTER_CONFIG
 from truthgpt.models.output_head import last_hidden_states, output_head
+from truthgpt.models.quantized_base import nf4_config, prepare_quantized
 from truthgpt.runtime.compile import decoder_layers
+from truthgpt.runtime.flops import weight_count
 from truthgpt.runtime.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -65,15 +67,20 @@ def load_causal_lm(
     attention: str,
     trust_remote_code: bool,
     dtype: torch.dtype = torch.float32,
+    quantized_on: torch.device | None = None,
 ) -> PreTrainedModel:
     """A pretrained model.
 
     Args:
         dtype: type the weights are read in; float32 ones are the optimizer's master copy.
+        quantized_on: hold the linear layers in NF4, which is made on this device; None: in `dtype`.
 
     Raises:
         ConfigError: no weights at `name_or_path`, or weights that do not fit `architecture`.
     """
+    quantized = {}
+    if quantized_on is not None:
+        quantized = {"quantization_config": nf4_config(dtype), "device_map": {"": quantized_on}}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -82,6 +89,7 @@ def load_causal_lm(
             attn_implementation=attention,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            **quantized,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
@@ -94,6 +102,8 @@ def load_causal_lm(
         names = sorted(report[kind])
         if names:
             logger.warning("%s: %d %s weights, for example %s", name_or_path, len(names), kind.split("_")[0], names[0])
+    if quantized_on is not None:
+        prepare_quantized(model)
     return cast(PreTrainedModel, model)
 
 
@@ -181,4 +191,4 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """All parameters and the trainable ones; a tied weight counts once."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(weight_count(p) for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)

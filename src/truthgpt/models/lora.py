@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -23,6 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from truthgpt.errors import CheckpointError, ConfigError, Problem
 from truthgpt.models.adapted_linear import AdaptedLinear
+from truthgpt.models.added_tokens import add_saved_rows, add_token_rows
+from truthgpt.models.dora_linear import DoraLinear
+from truthgpt.models.quantized_base import is_quantized
 from truthgpt.models.trained_weights import adapter_weights, load_adapter_weights
 from truthgpt.runtime.seeds import derive_seed
 
@@ -37,6 +40,8 @@ _PREFIX = "base_model.model."
 """What peft puts before the names of the weights it saves."""
 _TARGETS = "model.lora.target_modules"
 
+Method = Literal["lora", "rslora", "dora"]
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -46,6 +51,7 @@ class LoraSettings:
     alpha: int
     dropout: float
     target_modules: Sequence[str]
+    method: Method = "lora"
 
 
 def require_peft() -> None:
@@ -75,6 +81,8 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str | Non
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
+        use_rslora=settings.method == "rslora",
+        use_dora=settings.method == "dora",
         target_modules=_targets(model, settings.target_modules),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -86,6 +94,15 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str | Non
         except ValueError as error:
             message = f"peft cannot adapt this model: {' '.join(str(error).split())}"
             raise ConfigError([Problem(key=_TARGETS, message=message, suggestion="list other layers")]) from error
+
+
+def add_tokens(model: PreTrainedModel, added: int) -> None:
+    """Let `model`, which has adapters, have `added` tokens more, whose rows are trained and saved with them.
+
+    Raises:
+        ConfigError: the output head of the model has a bias.
+    """
+    _peft_config(model).trainable_token_indices = add_token_rows(model, added)
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
@@ -100,6 +117,17 @@ def base_name(model: PreTrainedModel) -> str | None:
     """Where the weights below the adapters of `model` can be loaded from; None: nowhere yet."""
     base: str | None = _peft_config(model).base_model_name_or_path
     return base
+
+
+def method_name(model: PreTrainedModel) -> str:
+    """What the adapters of `model` are, as people write it."""
+    config = _peft_config(model)
+    return "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+
+
+def has_added_tokens(model: PreTrainedModel) -> bool:
+    """Whether rows of new tokens are trained with the adapters of `model`."""
+    return bool(_peft_config(model).trainable_token_indices)
 
 
 def save_adapter_config(model: PreTrainedModel, folder: Path, base: str) -> None:
@@ -136,14 +164,18 @@ def add_saved_adapters(model: PreTrainedModel, folder: Path) -> None:
     """Put adapters of the shape of those saved in `folder` on `model`, in place; their weights are not loaded yet.
 
     Raises:
-        CheckpointError: they are not plain LoRA adapters of linear layers of this model.
+        CheckpointError: they are no LoRA, rsLoRA or DoRA adapters of linear layers of this model.
     """
     from peft import get_peft_config
 
     try:
-        config = get_peft_config({**_read_config(folder), "inference_mode": False})  # as they were trained
-        _inject(model, config)
-    except (ValueError, TypeError, KeyError) as error:
+        # As they were trained; the rows of tokens are put there by us.
+        saved = _read_config(folder)
+        tokens = saved.pop("trainable_token_indices", None)
+        _inject(model, get_peft_config({**saved, "inference_mode": False}))
+        add_saved_rows(model, tokens)
+        _peft_config(model).trainable_token_indices = tokens
+    except (ValueError, TypeError, KeyError, ConfigError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the adapters in {folder} cannot be put on their base model: {reason}") from error
 
@@ -191,10 +223,10 @@ def _inject(model: PreTrainedModel, config: Any) -> None:
     """Let peft add its layers, and put ours in their places.
 
     Raises:
-        ValueError: peft cannot, or what it adds is more than plain LoRA on linear layers.
+        ValueError: peft cannot, or what it adds is more than plain LoRA or DoRA on linear layers.
     """
     from peft import inject_adapter_in_model
-    from peft.tuners.lora import Linear, LoraLayer
+    from peft.tuners.lora import LoraLayer
 
     with warnings.catch_warnings():
         # It corrects `fan_in_fan_out` by the kind of every layer, and says so every time.
@@ -203,10 +235,10 @@ def _inject(model: PreTrainedModel, config: Any) -> None:
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, LoraLayer):
             continue
-        plain = type(layer) is Linear and _NAME not in layer.lora_variant and not layer.lora_bias[_NAME]
-        if not plain:
-            raise ValueError(f"{name} would be more than a linear layer with a plain LoRA adapter")
-        adapted = AdaptedLinear(
+        kind = _kind(layer)
+        if kind is None:
+            raise ValueError(f"{name} would be more than a linear layer with an adapter of plain LoRA or DoRA")
+        adapted = kind(
             layer.get_base_layer(),
             layer.lora_A[_NAME].float(),
             layer.lora_B[_NAME].float(),
@@ -214,6 +246,19 @@ def _inject(model: PreTrainedModel, config: Any) -> None:
             layer.scaling[_NAME],
         )
         model.set_submodule(name, adapted.train(layer.training))
+
+
+def _kind(layer: Any) -> type[AdaptedLinear] | None:
+    """Our layer that computes what peft's `layer` does; None: none does."""
+    from peft.tuners.lora import Linear
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    variant = layer.lora_variant.get(_NAME)
+    if (type(layer) is not Linear and not is_quantized(layer.get_base_layer())) or layer.lora_bias[_NAME]:
+        return None
+    if variant is None:
+        return AdaptedLinear
+    return DoraLinear if type(variant) is DoraLinearVariant else None
 
 
 def _peft_config(model: PreTrainedModel) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from truthgpt.models.added_tokens import AddedTokens
 from truthgpt.models.linear_cross_entropy import OutputHead
 from truthgpt.runtime.precision import in_float32
 
@@ -29,7 +30,7 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
     or bend them (`final_logit_softcapping` in Gemma 2).
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear) or _body(model) is model:
+    if not isinstance(layer, nn.Linear | AddedTokens) or _body(model) is model:
         return None
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
@@ -48,8 +49,7 @@ def head_completes_body(model: PreTrainedModel) -> bool:
 
     Measured on a few random tokens: a family may do more between the two than is known here.
     """
-    head = output_head(model)
-    if head is None:
+    if output_head(model) is None:
         return False
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(model.config.get_text_config().vocab_size)
@@ -59,6 +59,8 @@ def head_completes_body(model: PreTrainedModel) -> bool:
     try:
         with torch.no_grad(), in_float32(model):
             whole = model(input_ids=ids, use_cache=False).logits
+            head = output_head(model)  # here, where its weight is float32
+            assert head is not None
             parts = head.logits(last_hidden_states(model, input_ids=ids))
     finally:
         model.train(training)

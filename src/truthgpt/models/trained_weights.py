@@ -13,10 +13,12 @@ from torch import nn
 
 from truthgpt.errors import CheckpointError, ConfigError, Problem
 from truthgpt.models.adapted_linear import AdaptedLinear
+from truthgpt.models.added_tokens import AddedTokens
 
 BASE_DIGEST = "base.sha256"
 """The entry of a state of adapters that is no weight: the digest of their base, uint8 `(32,)`."""
 _SAMPLES = 1024
+_BASE = "base_layer."
 _KEPT_DIGEST = "_truthgpt_base_digest"
 
 
@@ -51,12 +53,17 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters' weights by the names peft saves them under, less its prefix; empty for a model without adapters."""
-    return {
-        f"{name}.{part}.weight": getattr(layer, part).weight.detach()
-        for name, layer in _adapted_layers(model).items()
-        for part in ("lora_A", "lora_B")
-    }
+    """The adapters' weights by the names peft saves them under, less its prefix; empty for a model without adapters.
+
+    What tied tables share stands under the name of the first.
+    """
+    weights, seen = {}, set()
+    for name, layer in _adapted_layers(model).items():
+        for part, parameter in layer.named_parameters():
+            if not part.startswith(_BASE) and id(parameter) not in seen:
+                seen.add(id(parameter))
+                weights[f"{name}.{part}"] = parameter.detach()
+    return weights
 
 
 def load_adapter_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -77,8 +84,8 @@ def base_state(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in _adapted_layers(model).items():
         for part in layer.state_dict():
             value = state.pop(f"{name}.{part}")
-            if part.startswith("base_layer."):
-                state[f"{name}.{part.removeprefix('base_layer.')}"] = value
+            if part.startswith(_BASE):
+                state[f"{name}.{part.removeprefix(_BASE)}"] = value
     return dict(state)
 
 
@@ -98,8 +105,8 @@ def check_adapters_are_reached(model: nn.Module) -> None:
         raise ConfigError(problems)
 
 
-def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear | AddedTokens]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear | AddedTokens)}
 
 
 def _base_digest(model: nn.Module) -> torch.Tensor:

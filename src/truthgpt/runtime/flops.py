@@ -28,6 +28,11 @@ def matrix_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
                 yield parameter, parameter.shape[0]
 
 
+def weight_count(parameter: torch.Tensor) -> int:
+    """How many weights a parameter holds: a byte has two four-bit ones."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
 def training_flops_per_token(model: nn.Module, seq_len: int) -> float:
     """Floating-point operations to train on one token, forward and backward, without any recomputation.
 
@@ -51,7 +56,7 @@ def training_flops_per_token(model: nn.Module, seq_len: int) -> float:
     matmul = 0.0
     for parameter, experts in matrix_weights(model):
         share = 1.0 if experts_per_token is None or experts == 1 else experts_per_token / experts
-        matmul += (6.0 if parameter.requires_grad else 4.0) * parameter.numel() * share
+        matmul += (6.0 if parameter.requires_grad else 4.0) * weight_count(parameter) * share
     return matmul + 6.0 * _attention_width(text_config) * seq_len
 
 

@@ -235,7 +235,8 @@ def hold_weights_in_bf16(model: torch.nn.Module, sum_in_float32: bool) -> Unscal
         sum_in_float32: gradients of several micro-batches are summed up in float32, as they arrive.
     """
     for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
+        if parameter.is_floating_point():  # not a quantised one
+            parameter.data = parameter.data.bfloat16()
         if sum_in_float32 and parameter.requires_grad:
             parameter.grad_dtype = torch.float32
     return UnscaledPrecision("bf16", parameter.device, None)
@@ -254,9 +255,11 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
     """`model` computes in float32 inside, though its weights are held in half precision, for probes that need it.
 
     There is never a float32 copy of the whole: each of the repeated layers is cast while it computes. Afterwards the
-    weights are as they were, bit for bit.
+    weights are as they were, bit for bit. Quantised layers (of bitsandbytes) compute in float32 with the weights they
+    have.
     """
     layers = decoder_layers(model)
+    quantized = [module for module in model.modules() if getattr(module, "compute_dtype", None) == torch.bfloat16]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     own: dict[torch.nn.Parameter, Tensor] = {}
 
@@ -276,9 +279,13 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
         layer.register_forward_hook(lambda layer, *_: restore(layer.parameters()), always_call=True) for layer in layers
     ]
     cast(parameter for parameter in model.parameters() if id(parameter) not in inside)
+    for module in quantized:
+        module.compute_dtype = torch.float32  # type: ignore[assignment]
     try:
         yield
     finally:
+        for module in quantized:
+            module.compute_dtype = torch.bfloat16  # type: ignore[assignment]
         restore(list(own))
         for hook in hooks:
             hook.remove()

@@ -10,7 +10,14 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from truthgpt.models.lora import BASE_FOLDER, base_name, save_adapter_config, save_adapters
+from truthgpt.models.lora import (
+    BASE_FOLDER,
+    base_name,
+    has_added_tokens,
+    method_name,
+    save_adapter_config,
+    save_adapters,
+)
 from truthgpt.models.trained_weights import adapter_weights, base_state, load_trained_state
 from truthgpt.runtime.atomic_file import write_atomic
 
@@ -38,8 +45,10 @@ _ADAPTER_USAGE = """from peft import PeftModel
 from transformers import {model_class}, {processor_class}
 
 processor = {processor_class}.from_pretrained(".")
-model = PeftModel.from_pretrained({model_class}.from_pretrained({base!r}), ".")
+base = {model_class}.from_pretrained({base!r})
+{resize}model = PeftModel.from_pretrained(base, ".")
 """
+_RESIZE = "base.resize_token_embeddings(len(processor))  # the adapters train new tokens\n"
 _TEXT_CLASSES = ("AutoModelForCausalLM", "AutoTokenizer")
 _IMAGE_CLASSES = ("AutoModelForImageClassification", "AutoImageProcessor")
 
@@ -155,9 +164,11 @@ class AdapterArtefacts:
         save_adapters(self._model, self._folder, self._safetensors)
         model_class, processor_class = _TEXT_CLASSES
         parameters = sum(weight.numel() for weight in adapter_weights(self._model).values())
-        what = f"Low-rank adapters (LoRA) of {parameters:,} parameters for a {self._model.config.model_type} model"
+        method, kind = method_name(self._model), self._model.config.model_type
+        what = f"Low-rank adapters ({method}) of {parameters:,} parameters for a {kind} model"
         base = BASE_FOLDER if self._own_base is not None else self._base()
-        usage = _ADAPTER_USAGE.format(model_class=model_class, processor_class=processor_class, base=base)
+        names = {"model_class": model_class, "processor_class": processor_class, "base": base}
+        usage = _ADAPTER_USAGE.format(**names, resize=_RESIZE if has_added_tokens(self._model) else "")
         write_atomic(self._folder / "README.md", self._card.text(state, "peft", what, usage))
 
     def _base(self) -> str:
@@ -180,8 +191,11 @@ def _save_model(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
         torch.save(dict(state), folder / "pytorch_model.bin")
 
 
-def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any]) -> None:
+def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any], averaged: bool = True) -> None:
     """Put a checkpoint's final weights into `model`: the averaged ones where the run kept an average.
+
+    Args:
+        averaged: False for those of its step anyway.
 
     Raises:
         CheckpointError: they are adapters on another base.
@@ -189,5 +203,5 @@ def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any]) ->
     load_trained_state(model, payload["model"])
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, average in payload["ema"].items():
+        for name, average in payload["ema"].items() if averaged else ():
             parameters[name].copy_(average)
