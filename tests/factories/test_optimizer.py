@@ -14,6 +14,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from truthgpt.errors import ConfigError
 from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.optim.lion import Lion
 
@@ -173,6 +174,41 @@ def test_lion_is_ours_with_its_options() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1.0] * 2
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(fused: bool) -> None:
+    matrix, head, bias = (torch.ones(shape, requires_grad=True) for shape in [(4, 6), (5, 4), (3,)])
+    groups = [
+        {"params": [matrix], "weight_decay": 0.1, "kind": "hidden"},
+        {"params": [head], "weight_decay": 0.1, "kind": "matrix"},
+        {"params": [bias], "weight_decay": 0.0, "kind": "other"},
+    ]
+    options = {"betas": [0.8, 0.9], "eps": 1e-6, "momentum": 0.7, "nesterov": False, "ns_steps": 3}
+    optimizer = OPTIMIZERS.build("muon", options, params=groups, lr=0.5, weight_decay=0.9, fused=fused)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.5, 0.1),
+        (0.5, 0.1),
+        (0.5, 0.0),
+    ]
+    muon, adamw, _ = optimizer.param_groups
+    assert (muon["momentum"], muon["nesterov"], muon["ns_steps"]) == (0.7, False, 3)
+    assert muon["adjust_lr_fn"] == "match_rms_adamw", "one learning rate for both"
+    assert (adamw["betas"], adamw["eps"], adamw["fused"]) == ((0.8, 0.9), 1e-6, fused or None)
+    for parameter in (matrix, head, bias):
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    assert [sorted(optimizer.state[p]) for p in (matrix, bias)] == [
+        ["momentum_buffer"],
+        ["exp_avg", "exp_avg_sq", "step"],
+    ]
+
+
+@pytest.mark.parametrize("group", [{}, {"kind": "other"}])
+def test_muon_without_a_matrix_to_train_is_refused(group: dict[str, Any]) -> None:
+    groups = [{"params": [torch.ones(2, 2, requires_grad=True)], "weight_decay": 0.1, **group}]
+    with pytest.raises(ConfigError, match=r"optimizer.type: muon is for the matrices .*use adamw"):
+        OPTIMIZERS.build("muon", {}, params=groups, lr=0.5, weight_decay=0.1)
+
+
 def test_a_group_without_decay_takes_the_run_time_one() -> None:
     for name in ("adamw", "lion", "adafactor"):
         groups = [{"params": [torch.ones(2, requires_grad=True)]}]
@@ -191,6 +227,9 @@ def test_a_group_without_decay_takes_the_run_time_one() -> None:
         ("adamw", {"betas": "0.9"}),
         ("adamw", {"eps": -1e-8}),
         ("adamw", {"beta": [0.9, 0.95]}),
+        ("muon", {"momentum": 1.0}),
+        ("muon", {"ns_steps": 0}),
+        ("muon", {"nesterov": 1}),
         ("lion", {"eps": 1e-8}),
         ("lion", {"betas": [0.9, None]}),
         ("adafactor", {"eps": [1e-30, None]}),

@@ -1,8 +1,8 @@
 """OPTIMIZERS: what updates the weights.
 
-A builder receives parameter groups (dicts with their own `weight_decay`) and returns a `torch.optim.Optimizer`.
-`fused`, `weights` (`training.weights`) and `seed` reach only a builder that names them; an optimizer whose builder does
-not name `weights` updates float32 weights only.
+A builder receives parameter groups (dicts with their own `weight_decay` and `kind`, see `optim.groups`) and returns a
+`torch.optim.Optimizer`. `fused`, `weights` (`training.weights`) and `seed` reach only a builder that names them; an
+optimizer whose builder does not name `weights` updates float32 weights only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import AfterValidator, Field
 
+from truthgpt.errors import ConfigError, Problem
 from truthgpt.factories.registry import Options, Registry
 
 if TYPE_CHECKING:
@@ -40,6 +41,17 @@ class AdamWOptions(Options):
     """Decay rates of the averages of the gradient and of its square."""
     eps: NotNegative = 1e-8
     """Added to the denominator."""
+
+
+class MuonOptions(AdamWOptions):
+    """Options of `muon`; `betas` and `eps` are those of its AdamW."""
+
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay rate of the momentum."""
+    nesterov: bool = True
+    """Look ahead along the momentum."""
+    ns_steps: Annotated[int, Field(ge=1, le=99)] = 5
+    """Newton-Schulz iterations that bring all singular values of an update near 1."""
 
 
 class LionOptions(Options):
@@ -100,6 +112,42 @@ def build_adamw(
 
     optimizer.register_load_state_dict_pre_hook(keep_kernel)
     return optimizer
+
+
+@OPTIMIZERS.register("muon", options=MuonOptions)
+def build_muon(
+    params: list[dict[str, Any]],
+    lr: float,
+    weight_decay: float,
+    betas: list[float],
+    eps: float,
+    momentum: float,
+    nesterov: bool,
+    ns_steps: int,
+    fused: bool = True,
+) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024): orthogonalised momentum for the layers' matrices, AdamW for the rest; AdamW's rate."""
+    from truthgpt.optim.groups import HIDDEN
+    from truthgpt.optim.joined import Joined
+    from truthgpt.optim.muon import Muon
+
+    hidden = [group for group in params if group.get("kind") == HIDDEN]
+    rest = [group for group in params if group.get("kind") != HIDDEN]
+    if not hidden:
+        message = "muon is for the matrices of linear layers, and none of the model's repeated layers has one to train"
+        raise ConfigError([Problem(key="optimizer.type", message=message, suggestion="use adamw")])
+    # An update's RMS is made that of AdamW's (Liu et al. 2025, arXiv 2502.16982): one learning rate serves both, and
+    # the factor is that of the transposed matrix, so it does not matter which way round a layer stores its own.
+    muon = Muon(
+        hidden,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        ns_steps=ns_steps,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Joined([muon, build_adamw(rest, lr, weight_decay, betas, eps, fused)] if rest else [muon])
 
 
 @OPTIMIZERS.register("lion", options=LionOptions)
