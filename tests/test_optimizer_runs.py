@@ -11,7 +11,11 @@ from tests.test_build import build_small_trainer
 from tests.test_resume import assert_same_run, final_checkpoint, log_rows
 from truthgpt.errors import Preempted
 
-RUNS: dict[str, tuple[str, ...]] = {"muon": ("optimizer.type=muon", "training.learning_rate=3e-3")}
+RUNS: dict[str, tuple[str, ...]] = {
+    "muon": ("optimizer.type=muon", "training.learning_rate=3e-3"),
+    "adamw8bit": ("optimizer.type=adamw8bit", "training.learning_rate=3e-3", "strict=true"),
+}
+PACKAGES = {"adamw8bit": "torchao"}
 
 
 def train_stopped_after(folder: Path, step: int, *overrides: str) -> None:
@@ -32,6 +36,8 @@ def train_stopped_after(folder: Path, step: int, *overrides: str) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_resume_is_exact(tmp_path: Path, name: str) -> None:
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
     build_small_trainer(tmp_path, f"output_dir={tmp_path / 'straight'}", *RUNS[name]).train()
     train_stopped_after(tmp_path, 17, f"output_dir={tmp_path / 'resumed'}", *RUNS[name])
     assert_same_run(tmp_path / "straight", tmp_path / "resumed", 40)

@@ -6,6 +6,8 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from pydantic import ValidationError
 
 from truthgpt.errors import ConfigError
 from truthgpt.factories.optimizer import OPTIMIZERS
+from truthgpt.factories.registry import Availability
 from truthgpt.optim.lion import Lion
 
 torch.set_num_threads(1)
@@ -207,6 +210,20 @@ def test_muon_without_a_matrix_to_train_is_refused(group: dict[str, Any]) -> Non
     groups = [{"params": [torch.ones(2, 2, requires_grad=True)], "weight_decay": 0.1, **group}]
     with pytest.raises(ConfigError, match=r"optimizer.type: muon is for the matrices .*use adamw"):
         OPTIMIZERS.build("muon", {}, params=groups, lr=0.5, weight_decay=0.1)
+
+
+def test_adamw8bit_needs_torchao_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = OPTIMIZERS.entry("adamw8bit").probe
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert probe() == Availability(False, "torchao is not installed: pip install 'truthgpt[torchao]'", "adamw")
+    there = ModuleType("torchao")
+    there.__spec__ = ModuleSpec("torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao", there)
+    monkeypatch.setenv("CXX", "nowhere++")
+    absent = probe()
+    assert absent.fallback == "adamw" and "no C++ compiler (nowhere++)" in str(absent.reason)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert probe().available
 
 
 def test_a_group_without_decay_takes_the_run_time_one() -> None:
