@@ -226,6 +226,25 @@ def test_adamw8bit_needs_torchao_and_a_compiler(monkeypatch: pytest.MonkeyPatch)
     assert probe().available
 
 
+def test_schedule_free_needs_its_package_and_nothing_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    absent = OPTIMIZERS.entry("schedule_free").probe()
+    assert not absent.available and absent.fallback is None
+    assert "pip install 'truthgpt[schedule_free]'" in str(absent.reason)
+    there = ModuleType("schedulefree")
+    there.__spec__ = ModuleSpec("schedulefree", None)
+    monkeypatch.setitem(sys.modules, "schedulefree", there)
+    assert OPTIMIZERS.entry("schedule_free").probe().available
+
+
+def test_schedule_free_passes_its_options() -> None:
+    pytest.importorskip("schedulefree")
+    weights = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    optimizer = build("schedule_free", {"betas": [0.5, 0.75], "eps": 1e-3}, weights, lr=0.1, decay=0.2)
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["eps"], group["lr"], group["weight_decay"]) == ((0.5, 0.75), 1e-3, 0.1, 0.2)
+
+
 def test_a_group_without_decay_takes_the_run_time_one() -> None:
     for name in ("adamw", "lion", "adafactor"):
         groups = [{"params": [torch.ones(2, requires_grad=True)]}]
@@ -247,6 +266,9 @@ def test_a_group_without_decay_takes_the_run_time_one() -> None:
         ("muon", {"momentum": 1.0}),
         ("muon", {"ns_steps": 0}),
         ("muon", {"nesterov": 1}),
+        ("schedule_free", {"betas": [0.0, 0.9]}),
+        ("schedule_free", {"betas": [0.9, 1.0]}),
+        ("schedule_free", {"warmup_steps": 10}),
         ("lion", {"eps": 1e-8}),
         ("lion", {"betas": [0.9, None]}),
         ("adafactor", {"eps": [1e-30, None]}),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 OPTIMIZERS = Registry("optimizer", runtime=("params", "lr", "weight_decay", "fused", "weights", "seed"))
+SCHEDULE_FREE = "schedule_free"
 
 Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
 """Two decay rates in [0, 1), as YAML writes them: `[0.9, 0.95]`."""
@@ -54,6 +55,22 @@ class MuonOptions(AdamWOptions):
     """Look ahead along the momentum."""
     ns_steps: Annotated[int, Field(ge=1, le=99)] = 5
     """Newton-Schulz iterations that bring all singular values of an update near 1."""
+
+
+def _first_is_positive(betas: list[float]) -> list[float]:
+    if betas[0] <= 0.0:
+        raise ValueError("the first value must be above 0")
+    return betas
+
+
+class ScheduleFreeOptions(Options):
+    """Options of `schedule_free`."""
+
+    betas: Annotated[Betas, AfterValidator(_first_is_positive)] = Field(default=[0.9, 0.999])
+    """Share of the average in the weights that are trained, above 0, and decay rate of the average of the squared
+    gradient."""
+    eps: NotNegative = 1e-8
+    """Added to the denominator."""
 
 
 class LionOptions(Options):
@@ -175,6 +192,23 @@ def build_muon(
         adjust_lr_fn="match_rms_adamw",
     )
     return Joined([muon, build_adamw(rest, lr, weight_decay, betas, eps, fused)] if rest else [muon])
+
+
+def _probe_schedule_free() -> Availability:
+    if importlib.util.find_spec("schedulefree") is None:
+        return Availability(False, "the package schedulefree is not installed: pip install 'truthgpt[schedule_free]'")
+    return Availability(True)
+
+
+@OPTIMIZERS.register(SCHEDULE_FREE, options=ScheduleFreeOptions, probe=_probe_schedule_free)
+def build_schedule_free(
+    params: list[dict[str, Any]], lr: float, weight_decay: float, betas: list[float], eps: float
+) -> torch.optim.Optimizer:
+    """AdamW without a schedule (Defazio et al. 2024), schedulefree's: keeps an average, which is the model."""
+    from truthgpt.optim.schedule_free import ScheduleFreeAdamW
+
+    optimizer: torch.optim.Optimizer = ScheduleFreeAdamW(params, lr, (betas[0], betas[1]), eps, weight_decay)
+    return optimizer
 
 
 @OPTIMIZERS.register("lion", options=LionOptions)
