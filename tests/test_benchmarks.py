@@ -167,4 +167,4 @@ def test_optimizers_table_leaves_out_what_is_not_installed(
     script.main(["--only", "adamw", "schedule_free"])
     printed = capsys.readouterr()
     assert "schedule_free: left out: the package schedulefree" in printed.err
-    assert printed.out.splitlines()[2:] == ["| `adamw` | 0.002 | 2.000 (2.000, 2.000) | 8.0 | 1.2 of 9 |"]
+    assert printed.out.splitlines()[2:] == ["| `adamw` | 0.001 | 2.000 (2.000, 2.000) | 8.0 | 1.2 of 9 |"]

@@ -1,4 +1,4 @@
-"""Whole runs with the optimizers that keep more than plain averages: stopped and resumed, bit for bit, and learning."""
+"""Whole runs with every optimizer but AdamW (tests/test_resume.py): stopped and resumed, bit for bit, and learning."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tests.test_resume import assert_same_run, equal, final_checkpoint, log_rows
 from truthgpt.errors import ConfigError, Preempted
 
 RUNS: dict[str, tuple[str, ...]] = {
+    "lion": ("optimizer.type=lion", "training.learning_rate=3e-3"),
+    "adafactor": ("optimizer.type=adafactor", "training.learning_rate=1e-1"),
     "muon": ("optimizer.type=muon", "training.learning_rate=3e-3"),
     "adamw8bit": ("optimizer.type=adamw8bit", "training.learning_rate=3e-3", "strict=true"),
 }
