@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.sample_data import write_sources
+from truthgpt.factories.optimizer import OPTIMIZERS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = (
@@ -38,7 +39,9 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[
     monkeypatch.syspath_prepend(BENCHMARKS)
     before = set(sys.modules)
     yield importlib.import_module
-    for name in {"data", "data_measurements", "cpu_overhead", "byte_order_baseline"} & (set(sys.modules) - before):
+    for name in {"data", "data_measurements", "cpu_overhead", "byte_order_baseline", "optimizers"} & (
+        set(sys.modules) - before
+    ):
         del sys.modules[name]
 
 
@@ -139,3 +142,29 @@ def test_cpu_overhead(load: Callable[[str], ModuleType], monkeypatch: pytest.Mon
     monkeypatch.setattr(script, "overrides", lambda steps, folder: [*whole(steps, folder), *SMALL_RUN])
     steps = script.WARM_UP_STEPS + 2
     assert getattr(script, kind)(steps) > 0
+
+
+def test_optimizers(load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("optimizers")
+    assert set(script.CONTENDERS) == set(OPTIMIZERS.names())
+    small = [*SMALL_RUN, "data.validation_fraction=0.1", "--steps", str(script.WARM_UP_STEPS + 4)]
+    script.main([*small, "--only", "adamw", "muon", "--seeds", "2", "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    for row, state_bytes in zip(rows, (8.0, 8.0), strict=True):
+        assert 0 < row["state_bytes_per_parameter"] <= state_bytes + 0.1
+        assert len(row["sweep"]) == 3 and len(row["val_losses"]) == 2
+        assert row["val_losses"][0] == min(row["sweep"].values())
+        assert 0 < row["optimizer_ms"] < row["step_ms"]
+    assert rows[1]["state_bytes_per_parameter"] < rows[0]["state_bytes_per_parameter"], "muon keeps one average"
+
+
+def test_optimizers_table_leaves_out_what_is_not_installed(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load("optimizers")
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    monkeypatch.setattr(script, "train", lambda *_: script.Run(2.0, 8.0, 1.25, 9.0))
+    script.main(["--only", "adamw", "schedule_free"])
+    printed = capsys.readouterr()
+    assert "schedule_free: left out: the package schedulefree" in printed.err
+    assert printed.out.splitlines()[2:] == ["| `adamw` | 0.001 | 2.000 (2.000, 2.000) | 8.0 | 1.2 of 9 |"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, DataError, RunDirectoryError
 from truthgpt.factories.attention import ATTENTION_BACKENDS
 from truthgpt.factories.callbacks import CALLBACKS
-from truthgpt.factories.registry import Availability, Registry
+from truthgpt.factories.optimizer import OPTIMIZERS
+from truthgpt.factories.registry import Availability, Options, Registry
 from truthgpt.load_model import LoadedModel
 from truthgpt.trainers.trainer import GenericTrainer
 from truthgpt.validate_config import load_config
@@ -131,6 +133,39 @@ def test_missing_tracker_falls_back_in_one_line(tmp_path: Path, caplog: pytest.L
         assert len(caplog.records) == 1 and "nowhere is not installed" in caplog.text
         with pytest.raises(ConfigError, match="strict"):
             build(tmp_path, "training.callbacks=[absent]", "strict=true")
+
+
+def test_an_optimizer_that_is_not_there_falls_back_in_one_line_with_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    chosen = "optimizer={type: adamw8bit, betas: [0.5, 0.75]}"
+    with caplog.at_level(logging.WARNING, "truthgpt"):
+        components = build(tmp_path, chosen)
+    assert len(caplog.records) == 1 and "optimizer.type: using adamw instead of adamw8bit: torchao" in caplog.text
+    assert type(components.optimizer) is torch.optim.AdamW
+    assert components.optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+    assert [f["wanted"] for f in components.fallbacks.to_json()] == ["adamw8bit"]
+    with pytest.raises(ConfigError, match=r"optimizer.type: adamw8bit cannot be used: .*truthgpt\[torchao\]"):
+        build(tmp_path, chosen, "strict=true")
+
+
+def test_an_option_that_the_stand_in_does_not_know_is_left_out_and_nothing_may_stand_in(tmp_path: Path) -> None:
+    class MyOptions(Options):
+        eps: float = 0.5
+        mine: int = 3
+
+    def gone(fallback: str | None) -> Callable[[], Availability]:
+        return lambda: Availability(False, "it is gone", fallback)
+
+    with registered(OPTIMIZERS, "absent", object, options=MyOptions, probe=gone("adamw")):
+        components = build(tmp_path, "optimizer.type=absent")
+        assert components.optimizer.param_groups[0]["eps"] == 0.5
+    with (
+        registered(OPTIMIZERS, "absent", object, options=MyOptions, probe=gone(None)),
+        pytest.raises(ConfigError, match=r"^optimizer.type: absent: it is gone$"),
+    ):
+        build(tmp_path, "optimizer.type=absent", "data.path=nowhere")  # said before any data is read
 
 
 def test_evaluation_needs_a_validation_split(tmp_path: Path) -> None:

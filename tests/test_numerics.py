@@ -22,6 +22,7 @@ from truthgpt.data.base import Batch, GlobalBatch, LossAndLogits
 from truthgpt.errors import NonFiniteError
 from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.models.causal_lm import causal_lm_loss
+from truthgpt.optim.groups import parameter_groups
 from truthgpt.runtime.precision import UnscaledPrecision, has_native_bf16
 from truthgpt.trainers.ema import EMA, NoEMA, WeightAverage
 from truthgpt.trainers.engine import EngineSettings, Objective, TrainEngine
@@ -226,9 +227,9 @@ def poison(call: int) -> Objective:
 
 OPTIMIZER_MAKERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     name: lambda model, name=name: OPTIMIZERS.build(  # type: ignore[misc]
-        name, {}, params=[{"params": list(model.parameters())}], lr=1e-3, weight_decay=0.1, fused=True
+        name, {}, params=parameter_groups(model, 0.1), lr=1e-3, weight_decay=0.1, fused=True
     )
-    for name in ("adamw", "lion", "adafactor")
+    for name in ("adamw", "lion", "adafactor", "muon")
 } | {"adamw not fused": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=False)}
 
 

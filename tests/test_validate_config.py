@@ -315,6 +315,14 @@ IMAGES = [
         ([*IMAGES, "eval.metrics=[ppl, bits_per_byte]"], "eval.metrics[1]", "is for text"),
         ([*IMAGES, "model.lora.enabled=true"], "model.lora.enabled", "the task is image_classification"),
         ([*IMAGES, "data.source=text"], "data.source", "text has no images"),
+        (
+            ["optimizer.type=schedule_free", "ema.enabled=false"],
+            *("training.scheduler", "cosine changes the learning rate"),
+        ),
+        (
+            ["optimizer.type=schedule_free", "training.scheduler=constant"],
+            *("ema.enabled", "keeps an average of its own"),
+        ),
         (["training.float8=rowwise"], "training.float8", "is for mixed_precision: bf16; it is none"),
         (
             ["training.float8=rowwise", "training.mixed_precision=bf16", "model.lora.enabled=true"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -115,6 +115,7 @@ def build_components(config: Config) -> Components:
     precision = choose_precision(config.training.mixed_precision, device, fallbacks)
     callbacks = _build_callbacks(config, fallbacks)
     memory = plan_memory(config, device, precision.name, fallbacks)
+    optimizer = _choose_optimizer(config, fallbacks)
     build_task = build_image_task if config.model.task == IMAGES else build_text_task
     task = build_task(config, memory.plan, device, precision, fallbacks)
     max_steps = _max_steps(config, task)
@@ -125,7 +126,7 @@ def build_components(config: Config) -> Components:
         precision=precision,
         memory=memory,
         task=task,
-        optimizer=_build_optimizer(config, task.model),
+        optimizer=_build_optimizer(config, task.model, *optimizer),
         schedule=_build_schedule(config, max_steps),
         max_steps=max_steps,
         metrics=_build_metrics(config, task.tokenizer),
@@ -247,17 +248,33 @@ def _multiply_in_float8(
         fallbacks.take("training.float8", recipe, "none", reason)
 
 
-def _build_optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:
-    training, optimizer = config.training, config.optimizer
+def _choose_optimizer(config: Config, fallbacks: Fallbacks) -> tuple[str, dict[str, Any]]:
+    """Name and options of the optimizer, or of what stands in for it on this machine."""
+    wanted, options = config.optimizer.type, config.optimizer.options
+    availability = OPTIMIZERS.entry(wanted).probe()
+    if availability.available:
+        return wanted, options
+    reason, used = availability.reason or "not available", availability.fallback
+    if used is None:
+        raise ConfigError([Problem(key="optimizer.type", message=f"{wanted}: {reason}")])
+    fallbacks.take("optimizer.type", wanted, used, reason)
+    known = OPTIMIZERS.entry(used).options.model_fields
+    return used, {name: value for name, value in options.items() if name in known}
+
+
+def _build_optimizer(
+    config: Config, model: PreTrainedModel, name: str, options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    training = config.training
     return cast(
         torch.optim.Optimizer,
         OPTIMIZERS.build(
-            optimizer.type,
-            optimizer.options,
+            name,
+            options,
             params=parameter_groups(model, training.weight_decay),
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
-            fused=optimizer.fused and training.fused_adamw,
+            fused=config.optimizer.fused and training.fused_adamw,
             weights=training.weights,
             seed=config.seed,
         ),

@@ -24,7 +24,8 @@ from truthgpt.models.causal_lm import build_causal_lm, transformers_attention
 from truthgpt.models.lora import LoraSettings, add_adapters, require_peft
 from truthgpt.models.output_head import PROBE_TOKENS, output_head
 from truthgpt.models.tokenizer import byte_tokenizer, load_tokenizer
-from truthgpt.optim.state_bytes import ASSUMED_BYTES, state_bytes
+from truthgpt.optim.groups import parameter_groups
+from truthgpt.optim.state_bytes import ASSUMED_BYTES, optimizer_bytes
 from truthgpt.runtime.compile import compile_pays, decoder_layers, estimated_run_s
 from truthgpt.runtime.device import free_memory_bytes
 from truthgpt.runtime.fallbacks import Fallbacks
@@ -217,7 +218,7 @@ def step_cost(config: Config, machine: Machine) -> StepCost:
         gradients=sum(p.numel() * p.element_size() for p in trainable),
         summed_gradients=sum(4 * p.numel() for p in trainable),
         layer_share=trained_in_layers / sum(p.numel() for p in trainable),
-        optimizer=sum(_state_bytes(config, p) for p in trainable),
+        optimizer=_state_bytes(config, model, sum(p.numel() for p in trainable)),
         average=sum(4 * p.numel() for p in trainable) if config.ema.enabled else 0,
     )
     weight = model.get_output_embeddings().weight if head is None else head.weight
@@ -276,16 +277,18 @@ def _vocabulary_size(config: Config) -> int:
 
 def _weight_bytes(config: Config, model: PreTrainedModel, layers: list[nn.Module]) -> int:
     """Parameters and buffers; the layers' frozen matrices in four bits where the base is quantised."""
-    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    held: int = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if config.model.lora.quantization == "none":
         return held
     frozen = [p for layer in layers for p in layer.parameters() if p.ndim == 2 and not p.requires_grad]
-    return round(held - sum(p.numel() * (p.element_size() - NF4_BYTES) for p in frozen))
+    saved: float = sum(p.numel() * (p.element_size() - NF4_BYTES) for p in frozen)
+    return held - round(saved)
 
 
-def _state_bytes(config: Config, parameter: nn.Parameter) -> int:
-    known = state_bytes(config.optimizer.type, parameter, config.training.weights)
-    return ASSUMED_BYTES * parameter.numel() if known is None else known
+def _state_bytes(config: Config, model: PreTrainedModel, trainable: int) -> int:
+    groups = parameter_groups(model, config.training.weight_decay)
+    known = optimizer_bytes(config.optimizer.type, groups, config.training.weights)
+    return ASSUMED_BYTES * trainable if known is None else known
 
 
 def _compiles(config: Config, machine: Machine, flops_per_token: float) -> bool:

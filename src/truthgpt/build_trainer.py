@@ -35,7 +35,7 @@ from truthgpt.trainers.artefacts import (
     load_exported_weights,
 )
 from truthgpt.trainers.checkpoint import CheckpointStore, find_checkpoint
-from truthgpt.trainers.ema import EMA, NoEMA
+from truthgpt.trainers.ema import EMA, KeepsAverage, NoEMA, OptimizerAverage, WeightAverage
 from truthgpt.trainers.engine import EngineSettings, TrainEngine
 from truthgpt.trainers.evaluate import Evaluator
 from truthgpt.trainers.guards import NonFiniteGuard
@@ -136,19 +136,25 @@ def _data_names(config: Config) -> str:
 
 
 def _engine(config: Config, components: Components) -> TrainEngine:
-    exact = partial(float32_copy, components.optimizer)
     return TrainEngine(
         components.model,
         components.task.objective,
         components.optimizer,
         components.schedule,
         components.precision,
-        EMA(components.model, config.ema.decay, exact) if config.ema.enabled else NoEMA(),
+        _average(config, components),
         NonFiniteGuard(config.guards.max_consecutive_skips, components.device),
         EngineSettings(
             config.seed, config.training.max_grad_norm, config.training.detect_anomaly, components.cuda_graph
         ),
     )
+
+
+def _average(config: Config, components: Components) -> WeightAverage:
+    optimizer = components.optimizer
+    if config.ema.enabled:
+        return EMA(components.model, config.ema.decay, exact=partial(float32_copy, optimizer))
+    return OptimizerAverage(components.model, optimizer) if isinstance(optimizer, KeepsAverage) else NoEMA()
 
 
 def _evaluator(config: Config, components: Components) -> Evaluator | None:

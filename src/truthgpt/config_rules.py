@@ -15,7 +15,7 @@ from truthgpt.config.strict_yaml import KeyPath
 from truthgpt.factories.collate import COLLATORS
 from truthgpt.factories.datasets import DATASETS, KEYS, reads
 from truthgpt.factories.metrics import METRICS
-from truthgpt.factories.optimizer import OPTIMIZERS
+from truthgpt.factories.optimizer import OPTIMIZERS, SCHEDULE_FREE
 from truthgpt.factories.registry import Entry, accepts
 
 _IMAGES = "image_classification"
@@ -38,6 +38,7 @@ def broken_rules(config: Config, loaded_plugins: frozenset[str]) -> Iterator[Bro
         loaded_plugins: names of the plugin modules that are imported.
     """
     yield from _model_rules(config)
+    yield from _optimizer_rules(config)
     for rule in (_source_rules, _format_rules, _reading_rules, _batch_rules, _image_rules):
         yield from rule(config)
     yield from _evaluation_rules(config)
@@ -122,6 +123,18 @@ def _float8_rules(config: Config) -> Iterator[Broken]:
         yield Broken(path, message, fix, (("model", "lora", "enabled"),))
     if config.model.task == _IMAGES:
         yield Broken(path, f"{float8} is for task: causal_lm; the task is {_IMAGES}", fix, (("model", "task"),))
+
+
+def _optimizer_rules(config: Config) -> Iterator[Broken]:
+    if config.optimizer.type != SCHEDULE_FREE:
+        return
+    scheduler, depends = config.training.scheduler.type, (("optimizer", "type"),)
+    if scheduler != "constant":
+        message = f"{scheduler} changes the learning rate, and {SCHEDULE_FREE} is for one that stays"
+        yield Broken(("training", "scheduler"), message, "set training.scheduler: constant", depends)
+    if config.ema.enabled:
+        message = f"true beside {SCHEDULE_FREE}, which keeps an average of its own, used where EMA's would be"
+        yield Broken(("ema", "enabled"), message, "set ema.enabled: false", depends)
 
 
 # --- the data: which keys its sources read ---------------------------------------------------------------------------

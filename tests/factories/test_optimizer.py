@@ -6,6 +6,8 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from truthgpt.errors import ConfigError
 from truthgpt.factories.optimizer import OPTIMIZERS
+from truthgpt.factories.registry import Availability
 from truthgpt.optim.lion import Lion
 
 torch.set_num_threads(1)
@@ -173,6 +177,74 @@ def test_lion_is_ours_with_its_options() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1.0] * 2
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(fused: bool) -> None:
+    matrix, head, bias = (torch.ones(shape, requires_grad=True) for shape in [(4, 6), (5, 4), (3,)])
+    groups = [
+        {"params": [matrix], "weight_decay": 0.1, "kind": "hidden"},
+        {"params": [head], "weight_decay": 0.1, "kind": "matrix"},
+        {"params": [bias], "weight_decay": 0.0, "kind": "other"},
+    ]
+    options = {"betas": [0.8, 0.9], "eps": 1e-6, "momentum": 0.7, "nesterov": False, "ns_steps": 3}
+    optimizer = OPTIMIZERS.build("muon", options, params=groups, lr=0.5, weight_decay=0.9, fused=fused)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.5, 0.1),
+        (0.5, 0.1),
+        (0.5, 0.0),
+    ]
+    muon, adamw, _ = optimizer.param_groups
+    assert (muon["momentum"], muon["nesterov"], muon["ns_steps"]) == (0.7, False, 3)
+    assert muon["adjust_lr_fn"] == "match_rms_adamw", "one learning rate for both"
+    assert (adamw["betas"], adamw["eps"], adamw["fused"]) == ((0.8, 0.9), 1e-6, fused or None)
+    for parameter in (matrix, head, bias):
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    assert [sorted(optimizer.state[p]) for p in (matrix, bias)] == [
+        ["momentum_buffer"],
+        ["exp_avg", "exp_avg_sq", "step"],
+    ]
+
+
+@pytest.mark.parametrize("group", [{}, {"kind": "other"}])
+def test_muon_without_a_matrix_to_train_is_refused(group: dict[str, Any]) -> None:
+    groups = [{"params": [torch.ones(2, 2, requires_grad=True)], "weight_decay": 0.1, **group}]
+    with pytest.raises(ConfigError, match=r"optimizer.type: muon is for the matrices .*use adamw"):
+        OPTIMIZERS.build("muon", {}, params=groups, lr=0.5, weight_decay=0.1)
+
+
+def test_adamw8bit_needs_torchao_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = OPTIMIZERS.entry("adamw8bit").probe
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert probe() == Availability(False, "torchao is not installed: pip install 'truthgpt[torchao]'", "adamw")
+    there = ModuleType("torchao")
+    there.__spec__ = ModuleSpec("torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao", there)
+    monkeypatch.setenv("CXX", "nowhere++")
+    absent = probe()
+    assert absent.fallback == "adamw" and "no C++ compiler (nowhere++)" in str(absent.reason)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert probe().available
+
+
+def test_schedule_free_needs_its_package_and_nothing_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    absent = OPTIMIZERS.entry("schedule_free").probe()
+    assert not absent.available and absent.fallback is None
+    assert "pip install 'truthgpt[schedule_free]'" in str(absent.reason)
+    there = ModuleType("schedulefree")
+    there.__spec__ = ModuleSpec("schedulefree", None)
+    monkeypatch.setitem(sys.modules, "schedulefree", there)
+    assert OPTIMIZERS.entry("schedule_free").probe().available
+
+
+def test_schedule_free_passes_its_options() -> None:
+    pytest.importorskip("schedulefree")
+    weights = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    optimizer = build("schedule_free", {"betas": [0.5, 0.75], "eps": 1e-3}, weights, lr=0.1, decay=0.2)
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["eps"], group["lr"], group["weight_decay"]) == ((0.5, 0.75), 1e-3, 0.1, 0.2)
+
+
 def test_a_group_without_decay_takes_the_run_time_one() -> None:
     for name in ("adamw", "lion", "adafactor"):
         groups = [{"params": [torch.ones(2, requires_grad=True)]}]
@@ -191,6 +263,12 @@ def test_a_group_without_decay_takes_the_run_time_one() -> None:
         ("adamw", {"betas": "0.9"}),
         ("adamw", {"eps": -1e-8}),
         ("adamw", {"beta": [0.9, 0.95]}),
+        ("muon", {"momentum": 1.0}),
+        ("muon", {"ns_steps": 0}),
+        ("muon", {"nesterov": 1}),
+        ("schedule_free", {"betas": [0.0, 0.9]}),
+        ("schedule_free", {"betas": [0.9, 1.0]}),
+        ("schedule_free", {"warmup_steps": 10}),
         ("lion", {"eps": 1e-8}),
         ("lion", {"betas": [0.9, None]}),
         ("adafactor", {"eps": [1e-30, None]}),

@@ -1,4 +1,4 @@
-"""Weight decay touches matrices only, by kind of module, on real architectures."""
+"""Weight decay touches matrices only, Muon the layers' matrices, by kind of module, on real architectures."""
 
 from __future__ import annotations
 
@@ -104,3 +104,50 @@ def test_order_is_that_of_the_model() -> None:
     for group in parameter_groups(model, 0.1):
         indices = [order[id(parameter)] for parameter in group["params"]]
         assert indices == sorted(indices)
+
+
+def named(model: nn.Module, kind: str) -> set[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [group for group in parameter_groups(model, 0.1) if group["kind"] == kind]
+    return {names[id(parameter)] for group in groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "layers", "matrices"),
+    [("gpt2", GPT2, "transformer.h", GPT2_MATRICES), ("llama", LLAMA, "model.layers", LLAMA_MATRICES)],
+)
+def test_hidden_matrices_are_those_of_the_layers(
+    model_type: str, sizes: dict[str, Any], layers: str, matrices: set[str], tied: bool
+) -> None:
+    """The output head is none, tied or not."""
+    model = build(model_type, **sizes, tie_word_embeddings=tied)
+    assert named(model, "hidden") == {f"{layers}.{layer}.{name}" for layer in range(2) for name in matrices}
+    assert named(model, "matrix") == (set() if tied else {"lm_head.weight"})
+
+
+def test_stacks_of_experts_and_their_router_are_no_hidden_matrices() -> None:
+    model = build("gpt_oss", **LLAMA, head_dim=8, num_local_experts=4)
+    mlp = "model.layers.0.mlp"
+    assert {f"{mlp}.experts.gate_up_proj", f"{mlp}.router.weight", "lm_head.weight"} <= named(model, "matrix")
+    attention = {f"model.layers.{layer}.self_attn.{p}_proj.weight" for layer in range(2) for p in "qkvo"}
+    assert named(model, "hidden") == attention
+
+
+def test_kinds_of_nested_shared_and_tied_layers() -> None:
+    class Mixed(nn.Module):
+        """Lists in lists, a shared layer, an embedding tied to a layer inside, and a convolution."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(3, 4)
+            self.stages = nn.ModuleList([nn.ModuleList([nn.Linear(4, 4), nn.Conv1d(4, 4, 2)]) for _ in range(2)])
+            self.stages[1][0] = self.stages[0][0]
+            self.embedding = nn.Embedding(5, 4)
+            self.stages.append(nn.Linear(4, 5))
+            self.stages[2].weight = self.embedding.weight
+
+    model = Mixed()
+    assert named(model, "hidden") == {"stages.0.0.weight"}
+    assert named(model, "matrix") == {"stem.weight", "stages.0.1.weight", "stages.1.1.weight"}
+    assert {"stages.0.0.bias", "stages.2.weight"} <= named(model, "other")

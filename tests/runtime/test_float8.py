@@ -48,7 +48,7 @@ class FakeTorchao:
     [
         (torch.device("cpu"), None, True, "need a CUDA GPU, this run is on cpu"),
         (CUDA, (8, 6), True, "need compute capability 8.9, this GPU has 8.6"),
-        (CUDA, (9, 0), False, r"pip install 'truthgpt[float8]'"),
+        (CUDA, (9, 0), False, r"pip install 'truthgpt[torchao]'"),
         (CUDA, (8, 9), True, None),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from truthgpt.trainers.ema import EMA, NoEMA
+from truthgpt.trainers.ema import EMA, KeepsAverage, NoEMA, OptimizerAverage
 
 
 def moved(model: nn.Module, ema: EMA, steps: int) -> None:
@@ -89,6 +89,34 @@ def test_state_round_trip_and_missing_name() -> None:
     assert all(torch.equal(other.state_dict()[name], saved[name]) for name in saved)
     with pytest.raises(KeyError, match="bias"):
         other.load_state_dict({"weight": saved["weight"]})
+
+
+class Doubler(torch.optim.SGD):
+    """Its average of a weight is twice the weight."""
+
+    def averaged(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.detach() * 2
+
+
+def test_the_optimizers_average_is_exchanged_for_the_weights() -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    optimizer = Doubler([model.weight], lr=1.0)
+    assert isinstance(optimizer, KeepsAverage) and not isinstance(torch.optim.SGD([model.weight]), KeepsAverage)
+    average = OptimizerAverage(model, optimizer)
+    average.update(1)
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    with pytest.raises(RuntimeError, match="inside"), average.applied():
+        assert torch.equal(model.weight, weight * 2) and torch.equal(model.bias, bias)
+        raise RuntimeError("inside")
+    assert torch.equal(model.weight, weight)
+    assert average.state_dict().keys() == {"weight"}
+    assert torch.equal(average.state_dict()["weight"], weight * 2)
+    average.load_state_dict({"weight": weight * 9})
+    assert torch.equal(average.state_dict()["weight"], weight * 2), "made of the weights"
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, weight), "and those are still the optimizer's"
 
 
 def test_no_average_does_nothing() -> None:

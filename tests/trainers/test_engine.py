@@ -72,6 +72,18 @@ def test_optimizer_of_another_kind_is_refused(tmp_path: Path) -> None:
         trained_engine(tmp_path, "b", steps=0).load_state_dict(saved)
 
 
+def test_optimizer_that_stood_in_for_another_is_refused(tmp_path: Path) -> None:
+    """Parameter groups of equal sizes, and yet another state: torchao's where it is installed, AdamW's where not."""
+    engine = trained_engine(tmp_path, "a", steps=1)
+    saved = copy.deepcopy(engine.state_dict())
+    assert saved["optimizer"]["kind"] == "AdamW"
+    saved["optimizer"]["kind"] = "AdamW8bit"
+    with pytest.raises(CheckpointError, match="optimizer state is of AdamW8bit, this run's optimizer is AdamW"):
+        engine.load_state_dict(saved)
+    del saved["optimizer"]["kind"]  # of before checkpoints said it
+    engine.load_state_dict(saved)
+
+
 def test_average_switched_on_or_off_between_runs(tmp_path: Path) -> None:
     without = copy.deepcopy(trained_engine(tmp_path, "a", "ema.enabled=false").state_dict())
     assert without["ema"] == {}

@@ -19,6 +19,7 @@ import typer
 
 from truthgpt.cli.output import emit_json
 from truthgpt.errors import EXIT_OK, TruthGPTError
+from truthgpt.runtime.compiler import cxx_candidates, cxx_compiler
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -167,12 +168,11 @@ def check_processor() -> Check:
 
 def check_compiler() -> Check:
     """A C++ compiler, which torch.compile needs."""
-    candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    found = next((path for path in map(shutil.which, candidates) if path is not None), None)
+    found = cxx_compiler()
     if found is not None:
         return Check("torch.compile", "ok", f"C++ compiler {found}")
     fix = "install g++ (Debian: apt install g++), or set training.torch_compile: false"
-    return Check("torch.compile", "note", f"no C++ compiler ({', '.join(candidates)})", fix)
+    return Check("torch.compile", "note", f"no C++ compiler ({', '.join(cxx_candidates())})", fix)
 
 
 def check_disk(folder: Path) -> Check:

@@ -146,7 +146,7 @@ class TrainingConfig(Section):
     the model in bf16, which is faster, with a float32 copy in the optimizer. `bf16_stochastic`: bf16 alone, rounded at
     random, for a quarter less memory. The last two are for the optimizer adamw."""
     float8: Literal["none", "tensorwise", "rowwise"] = "none"
-    """Multiply in float8 in the decoder layers, with `mixed_precision: bf16` (extra `float8`): for wide layers. Scaled
+    """Multiply in float8 in the decoder layers, with `mixed_precision: bf16` (extra `torchao`): for wide layers. Scaled
     by a tensor's largest value, or by each row's, which is slower and closer to bf16."""
     early_stopping_patience: Positive | None = 2
     """Stop after this many evaluations in a row without a better `eval.select_best_by`; null: off."""

@@ -1,12 +1,17 @@
-"""Which parameters weight decay touches."""
+"""Which kind of parameter each one is: what weight decay touches, and what Muon may update."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from truthgpt.runtime.flops import matrix_weights
+
+HIDDEN, MATRIX, OTHER = "hidden", "matrix", "other"
+"""What a group says it is, as its `kind`."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -21,7 +26,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         weight_decay: decoupled weight decay of the matrices.
 
     Returns:
-        One or two groups, each `{"params": [...], "weight_decay": ...}`.
+        Up to three groups, each `{"params": [...], "weight_decay": ..., "kind": ...}`. `hidden`: the matrices of linear
+        layers below a list of layers (`nn.ModuleList`), two-dimensional, `(out, in)` or, in a Conv1D, `(in, out)`.
+        `matrix`: all others that decay: the output head, convolutions, stacks of experts. `other`: what does not decay.
     """
     embeddings = {
         id(parameter)
@@ -30,9 +37,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for parameter in module.parameters(recurse=False)
     }
     matrices = {id(parameter) for parameter, _ in matrix_weights(model)} - embeddings
+    hidden = {id(layer.weight) for layer in _repeated_linear_layers(model)} & matrices
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if id(p) in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
+    members: dict[str, list[nn.Parameter]] = {HIDDEN: [], MATRIX: [], OTHER: []}
+    for parameter in trainable:
+        kind = HIDDEN if id(parameter) in hidden else MATRIX if id(parameter) in matrices else OTHER
+        members[kind].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if kind == OTHER else weight_decay, "kind": kind}
+        for kind, parameters in members.items()
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _repeated_linear_layers(model: nn.Module) -> Iterator[nn.Linear | Conv1D]:
+    for layers in model.modules():
+        if isinstance(layers, nn.ModuleList):
+            yield from (module for module in layers.modules() if isinstance(module, nn.Linear | Conv1D))

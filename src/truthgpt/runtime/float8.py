@@ -29,7 +29,7 @@ def float8_obstacle(device: torch.device) -> str | None:
     try:
         import torchao.float8  # noqa: F401
     except ImportError as error:
-        return f"the package torchao cannot be imported ({error}): pip install 'truthgpt[float8]'"
+        return f"the package torchao cannot be imported ({error}): pip install 'truthgpt[torchao]'"
     return None
 
 

@@ -1,10 +1,10 @@
-"""Exponential moving average of the weights, with warm-up."""
+"""Averages of the weights: an exponential moving one, with warm-up, or the one that the optimizer itself keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -56,17 +56,9 @@ class EMA:
             list(self._average.values()), [self._exact(w).detach().float() for w in self._weights.values()], 1 - decay
         )
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """The averaged weights stand in the model, float32 ones without a copy; then its own again."""
-        own = {name: weight.data for name, weight in self._weights.items()}
-        for name, weight in self._weights.items():
-            weight.data = self._average[name].to(weight.dtype)
-        try:
-            yield
-        finally:
-            for name, weight in self._weights.items():
-                weight.data = own[name]
+        return _exchanged(self._weights, self._average)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights by parameter name."""
@@ -76,6 +68,40 @@ class EMA:
         """Copy saved averages in; KeyError names a parameter the state lacks."""
         for name, average in self._average.items():
             average.copy_(state[name])
+
+
+@runtime_checkable
+class KeepsAverage(Protocol):
+    """An optimizer that averages the weights itself."""
+
+    def averaged(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The average of `parameter`, of its shape."""
+        ...
+
+
+class OptimizerAverage:
+    """The average that the optimizer keeps, for evaluation and the final model; what is trained stays as it is.
+
+    It is made of the weights and the optimizer's state: there is nothing to update, and nothing to restore.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: KeepsAverage) -> None:
+        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._optimizer = optimizer
+
+    def update(self, step: int) -> None:
+        """Nothing to do."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """The averaged weights stand in the model, as a copy; then its own again."""
+        return _exchanged(self._weights, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights by parameter name."""
+        return {name: self._optimizer.averaged(weight) for name, weight in self._weights.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""
 
 
 class NoEMA:
@@ -95,3 +121,16 @@ class NoEMA:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to load; a checkpoint of a run with EMA simply drops its average."""
+
+
+@contextmanager
+def _exchanged(weights: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """`values` stand in `weights`, by exchange of storage; then their own again, bit for bit."""
+    own = {name: weight.data for name, weight in weights.items()}
+    for name, weight in weights.items():
+        weight.data = values[name].to(weight.dtype)
+    try:
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data = own[name]

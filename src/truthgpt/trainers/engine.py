@@ -177,7 +177,7 @@ class TrainEngine:
         return {
             "model": trained_state(self.model),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {**self.optimizer.state_dict(), "kind": type(self.optimizer).__name__},
             "scheduler": {"peak_learning_rates": self._peak_rates},
             "scaler": self.precision.state_dict(),
             # Dropout, data order and samples are derived from (seed, position): there is no other random state.
@@ -204,6 +204,10 @@ class TrainEngine:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        own = type(self.optimizer).__name__
+        saved = state.get("kind", own)
+        if saved != own:  # the same `optimizer.type` where something else stood in for it
+            raise CheckpointError(f"the checkpoint's optimizer state is of {saved}, this run's optimizer is {own}")
         configured = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(dict(state))
