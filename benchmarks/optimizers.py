@@ -45,10 +45,10 @@ CONTENDERS = {
     "adamw": Contender((1e-3, 2e-3, 4e-3), ("optimizer={type: adamw, betas: [0.9, 0.95]}",)),
     "adamw8bit": Contender((1e-3, 2e-3, 4e-3), ("optimizer={type: adamw8bit, betas: [0.9, 0.95]}",)),
     "muon": Contender((8e-3, 1.6e-2, 3.2e-2), ("optimizer={type: muon, betas: [0.9, 0.95]}",)),
-    "lion": Contender((2e-4, 4e-4, 8e-4), ("optimizer={type: lion}", "training.weight_decay=1.0")),
-    "adafactor": Contender((2e-2, 4e-2, 8e-2), ("optimizer={type: adafactor}",)),
+    "lion": Contender((1.6e-3, 3.2e-3, 6.4e-3), ("optimizer={type: lion}", "training.weight_decay=1.0")),
+    "adafactor": Contender((4e-2, 8e-2, 1.6e-1), ("optimizer={type: adafactor}",)),
     "schedule_free": Contender(
-        (1e-3, 2e-3, 4e-3),
+        (2e-3, 4e-3, 8e-3),
         (
             "optimizer={type: schedule_free, betas: [0.9, 0.95]}",
             "training.scheduler={type: constant}",
