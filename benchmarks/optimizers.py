@@ -114,7 +114,7 @@ def tensor_bytes(values: Any) -> int:
 def train(source: str | None, contender: Contender, rate: float, seed: int, steps: int, overrides: list[str]) -> Run:
     """One training with nothing written that outlives it."""
     clock = Clock()
-    CALLBACKS.register("clock")(lambda: clock)
+    CALLBACKS.register("step_clock")(lambda: clock)
     shape = [
         f"training.learning_rate={rate}",
         f"seed={seed}",
@@ -122,7 +122,7 @@ def train(source: str | None, contender: Contender, rate: float, seed: int, step
         f"training.eval_interval={steps}",
         f"checkpoint.interval_steps={steps}",
         "data.validation_fraction=0.02",
-        "training.callbacks=[clock]",
+        "training.callbacks=[step_clock]",
         "generate.prompts=[]",
         "strict=true",
     ]
@@ -135,7 +135,7 @@ def train(source: str | None, contender: Contender, rate: float, seed: int, step
             optimizer.step = clock.timed(optimizer.step)  # type: ignore[method-assign]
             trainer.train()
     finally:
-        CALLBACKS.unregister("clock")
+        CALLBACKS.unregister("step_clock")
     trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     gaps = [after - before for before, after in itertools.pairwise(clock.steps_s)]
     return Run(
