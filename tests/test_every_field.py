@@ -428,6 +428,7 @@ TABLE: dict[str, Shows | Refused] = {
     "checkpoint.interval_steps": Shows("checkpoint.interval_steps=1", ran(saved_steps)),
     "checkpoint.keep_last": Shows("checkpoint.keep_last=1", ran(saved_steps), ("checkpoint.interval_steps=1",)),
     "ema.enabled": Shows("ema.enabled=false", checkpoint_part("ema")),
+    "ema.on_cpu": Shows("ema.on_cpu=true", wired(lambda trainer: trainer.parts.engine.ema.device)),  # type: ignore[attr-defined]
     "ema.decay": Shows("ema.decay=0.05", checkpoint_part("ema")),
     "resume.enabled": Shows("resume.enabled=true", resumed_step),
     "resume.checkpoint_dir": Shows(

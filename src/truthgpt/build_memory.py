@@ -219,7 +219,7 @@ def step_cost(config: Config, machine: Machine) -> StepCost:
         summed_gradients=sum(4 * p.numel() for p in trainable),
         layer_share=trained_in_layers / sum(p.numel() for p in trainable),
         optimizer=_state_bytes(config, model, sum(p.numel() for p in trainable)),
-        average=sum(4 * p.numel() for p in trainable) if config.ema.enabled else 0,
+        average=sum(4 * p.numel() for p in trainable) if config.ema.enabled and not config.ema.on_cpu else 0,
     )
     weight = model.get_output_embeddings().weight if head is None else head.weight
     width = int(weight.shape[1])

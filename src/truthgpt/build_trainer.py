@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from truthgpt.attention.install import transformers_attention_in
 from truthgpt.build import Components
 from truthgpt.callbacks.base import CallbackList, StateView
@@ -153,7 +155,8 @@ def _engine(config: Config, components: Components) -> TrainEngine:
 def _average(config: Config, components: Components) -> WeightAverage:
     optimizer = components.optimizer
     if config.ema.enabled:
-        return EMA(components.model, config.ema.decay, exact=partial(float32_copy, optimizer))
+        device = torch.device("cpu") if config.ema.on_cpu else None
+        return EMA(components.model, config.ema.decay, partial(float32_copy, optimizer), device)
     return OptimizerAverage(components.model, optimizer) if isinstance(optimizer, KeepsAverage) else NoEMA()
 
 

@@ -92,6 +92,7 @@ def test_gradients_of_earlier_micro_batches_are_carried() -> None:
         (("optimizer=lion",), "optimizer", 4),
         (("ema.enabled=true",), "average", 4),
         (("ema.enabled=false",), "average", 0),
+        (("ema.on_cpu=true",), "average", 0),
     ],
 )
 def test_bytes_a_weight(overrides: tuple[str, ...], part: str, bytes_a_weight: int) -> None:

@@ -126,3 +126,20 @@ def test_no_average_does_nothing() -> None:
         pass
     none.load_state_dict({"weight": torch.zeros(1)})
     assert none.state_dict() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_elsewhere_is_the_same(dtype: torch.dtype) -> None:
+    """Kept on another device (which on a CPU is the same one, by copies): equal average, weights back bit for bit."""
+    models = [nn.Linear(3, 2).to(dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    averages = [EMA(models[0], 0.9), EMA(models[1], 0.9, device=torch.device("cpu"))]
+    for model, average in zip(models, averages, strict=True):
+        torch.manual_seed(0)
+        moved(model, average, 4)
+    assert all(torch.equal(value, averages[1].state_dict()[name]) for name, value in averages[0].state_dict().items())
+    before, storage = models[1].weight.detach().clone(), models[1].weight.data_ptr()
+    with averages[0].applied(), averages[1].applied():
+        assert torch.equal(models[1].weight, models[0].weight) and not torch.equal(models[1].weight, before)
+        assert models[1].weight.data_ptr() == storage, "copied into the weights, not beside them"
+    assert torch.equal(models[1].weight, before) and models[1].weight.data_ptr() == storage

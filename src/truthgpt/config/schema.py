@@ -195,6 +195,8 @@ class EMAConfig(Section):
     """Keep an average of the weights and use it for evaluation, `best.pt` and the final model."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Decay a step, with warm-up: min(decay, (1 + step) / (10 + step))."""
+    on_cpu: bool = False
+    """Keep the average in the host's memory: 4 bytes a weight less on a GPU, and a copy of all weights every step."""
 
 
 class ResumeConfig(Section):

@@ -99,7 +99,7 @@ class AdvancedMemoryManager:
         largest = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in parts[:3])
         settings = [
             *(["model.gradient_checkpointing=auto"] if checkpointing is False else []),
-            *(["ema.enabled=false"] if least.average else []),
+            *(["ema.on_cpu=true", "ema.enabled=false"] if least.average else []),
             "model.lora.enabled=true",
             "training.weights=bf16_stochastic (12 bytes a weight instead of 16)",
             "a smaller data.max_seq_len or model",
