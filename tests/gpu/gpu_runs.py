@@ -21,7 +21,10 @@ LLAMA = (
     "{model_type: llama, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 3, num_attention_heads: 4, "
     "num_key_value_heads: 2, max_position_embeddings: 64}"
 )
-GPU = ("hardware.device=cuda", "training.eval_interval=1000", "checkpoint.interval_steps=1000")
+GPU = (
+    *("hardware.device=cuda", "training.eval_interval=1000", "checkpoint.interval_steps=1000"),
+    "model.memory.policy=static",  # or the micro-batches of a step would be made one
+)
 PACKED_ROWS = ("data.source=jsonl", "data.packing=true")
 PACKED = (*PACKED_ROWS, f"model.config={LLAMA}")
 LOSS_NOISE = 0.03
