@@ -307,6 +307,28 @@ def test_levels_add_up(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert [row.split(" | ")[2:4] for row in rows] == [["1,000", ""], ["2,000", "2.00"], ["3,000", "1.50"]]
 
 
+def test_grid_of_memory(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every point is a configuration that would run; a point that fails is in the table, and in no error."""
+    memory, workloads = load("memory"), load("workloads").WORKLOADS
+
+    def run(contender: str, arguments: list[str], environment: dict[str, str], timeout_s: float) -> dict[str, Any]:
+        overrides = [each for each in arguments if "=" in each]
+        config = load_config(str(workloads[arguments[1]].yaml), overrides)
+        assert config.training.train_batch_size * config.data.max_seq_len == memory.TOKENS[arguments[1]]
+        if config.model.memory.model_extra == {"checkpointed_layers": 6} and config.training.torch_compile:
+            return {"failed": "exit code 7", "said": ""}
+        return {"memory": {"peak_allocated_bytes": 4 * 2**30}}
+
+    monkeypatch.setattr(memory, "run_contender", run)
+    monkeypatch.setattr(memory, "predict", lambda workload, point: (5 if point["checkpointed"] else 4) * 2**30)
+    memory.main(["--out", "results/memory.jsonl"])
+    assert len(capsys.readouterr().out.splitlines()) == 36
+    load("table").main(["results"])
+    said = capsys.readouterr().out
+    assert said.count("exit code 7") == 2 and "+25.0% |" in said
+    assert "Errors: 25.0% in the middle, 25.0% at worst." in said
+
+
 def test_process_that_fails(load: Load) -> None:
     found = load("processes").run_contender("ours", ["--workload", "none"], {}, 60.0)
     assert found["failed"] == "exit code 2" and "invalid choice" in found["said"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole table: the sweep, the comparisons and what each level gains. About three hours on one GPU; where there are
+# The whole table: the sweep, the comparisons, what each level gains, and planned against measured memory. About four hours on one GPU; where there are
 # several, each takes its share, one job at a time.
 #   bash benchmarks/gpu/run_all.sh gsm8k_train.jsonl [RESULTS_FOLDER]
 # PYTHON names the interpreter (default: python). A job that fails is recorded, and the next one begins.
@@ -22,14 +22,19 @@ for workload in w1 w2 w3 w4; do
 done
 jobs+=("compare.py w4 --epoch --ours tuned --peer hf_trainer:best --out $results/w4.jsonl"
     "compare.py w1 --ours tuned --peer hf_trainer:compile+bf16w --out $results/w1.jsonl"
-    "compare.py w2 --ours tuned --peer hf_trainer:liger+bf16w+rows=8 --out $results/w2.jsonl")
+    "compare.py w2 --ours tuned --peer hf_trainer:liger+bf16w+rows=8 --out $results/w2.jsonl"
+    "memory.py --models w1 --out $results/memory.jsonl"
+    "memory.py --models w2 --out $results/memory.jsonl"
+    "memory.py --models w3 --out $results/memory.jsonl")
 
 work() { # GPU: every job whose turn it is
-    local index
+    local index documents
     for ((index = $1; index < ${#jobs[@]}; index += gpus)); do
         echo "== GPU $1: ${jobs[index]}"
+        documents=(--data "$data")
+        [[ ${jobs[index]} == memory.py* ]] && documents=() # it reads none
         # shellcheck disable=SC2086  # a job is a line of words
-        CUDA_VISIBLE_DEVICES=$1 "$python" benchmarks/gpu/${jobs[index]} --data "$data"
+        CUDA_VISIBLE_DEVICES=$1 "$python" benchmarks/gpu/${jobs[index]} ${documents[@]+"${documents[@]}"}
     done
 }
 

@@ -20,7 +20,8 @@ import torch
 
 from truthgpt.errors import CheckpointError, RunDirectoryError
 from truthgpt.runtime import atomic_file
-from truthgpt.trainers.checkpoint import CHECKPOINT_VERSION, PARTS, CheckpointStore, find_checkpoint, load_checkpoint
+from truthgpt.trainers.checkpoint import CHECKPOINT_VERSION, CheckpointStore, find_checkpoint, load_checkpoint
+from truthgpt.trainers.checkpoint_payload import PARTS
 
 RUN = "a" * 32
 KILLED, FINISHED = 9, 0

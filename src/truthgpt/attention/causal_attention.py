@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.library import custom_op
+from torch import library
 
 from truthgpt.attention.base import document_spans
 
@@ -54,7 +54,7 @@ def _row_spans(batch: int, length: int, device: torch.device) -> torch.Tensor:
     return spans
 
 
-@custom_op(
+@library.custom_op(
     "truthgpt::causal_attention",
     mutates_args=(),
     device_types="cuda",
@@ -91,7 +91,7 @@ def _(
     return output, query.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-@custom_op(
+@library.custom_op(
     "truthgpt::causal_attention_backward",
     mutates_args=(),
     device_types="cuda",

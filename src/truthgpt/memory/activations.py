@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import custom_op
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -210,7 +209,7 @@ def _attend(
     return output.transpose(1, 2), None
 
 
-@custom_op("truthgpt::counted_attention", mutates_args=())
+@library.custom_op("truthgpt::counted_attention", mutates_args=())
 def _counted(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of an attention that is never computed."""
     raise NotImplementedError("it stands for attention where tensors have no values")
@@ -224,7 +223,7 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return output, query.new_empty(rows, heads, length, dtype=torch.float32)
 
 
-@custom_op("truthgpt::counted_attention_backward", mutates_args=())
+@library.custom_op("truthgpt::counted_attention_backward", mutates_args=())
 def _counted_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

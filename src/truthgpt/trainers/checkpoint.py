@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import re
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError  # only the error: nothing here unpickles
@@ -33,18 +32,15 @@ from truthgpt.runtime.atomic_file import (
     write_atomic,
 )
 from truthgpt.runtime.environment import package_versions, utc_now
+from truthgpt.trainers.checkpoint_payload import check_parts, check_plain
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 1
 """Format of the payload; a checkpoint of another version is refused."""
 
-PARTS = ("state", "model", "ema", "optimizer", "scheduler", "scaler", "data", "rng", "callbacks")
-"""What a checkpoint holds, next to `version`; each part comes from its owner's `state_dict`."""
-
 _STEP_NAME = re.compile(r"step_(\d{8,})\.(?:pt|json)")
 _LINKS = ("last.pt", "best.pt")
-_LEAVES = (type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,8 @@ class CheckpointStore:
             CheckpointError: a part is missing, or holds an object that could not be loaded again.
             RunDirectoryError: the disk is full or not writable; earlier checkpoints are intact.
         """
-        _check_parts(payload, "the payload")
-        needed_bytes = _check_plain(payload, "")
+        check_parts(payload, "the payload")
+        needed_bytes = check_plain(payload, "")
         target = self.folder / f"step_{step:08d}.pt"
         temporary = temporary_beside(target)
         with disk_errors(target, needed_bytes):
@@ -254,7 +250,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     version = payload.pop("version", None) if isinstance(payload, dict) else None
     if version != CHECKPOINT_VERSION:
         raise CheckpointError(f"{path} has checkpoint format {version}; this truthgpt reads {CHECKPOINT_VERSION}")
-    _check_parts(payload, str(path))
+    check_parts(payload, str(path))
     return {"version": version, **payload}
 
 
@@ -370,31 +366,6 @@ def _step_of(path: Path) -> int:
     match = _STEP_NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
-
-
-def _check_parts(payload: dict[str, Any], where: str) -> None:
-    problems = [f"lacks {name}" for name in PARTS if name not in payload]
-    problems += [f"has an unknown part {name}" for name in payload if name not in PARTS]
-    if problems:
-        raise CheckpointError(f"{where} {', '.join(problems)}; a checkpoint holds exactly {', '.join(PARTS)}")
-
-
-def _check_plain(value: Any, where: str) -> int:
-    """Bytes of all tensors in `value`; CheckpointError names the first thing that `weights_only` would not load.
-
-    Checked by exact type: a numpy float is a float to `isinstance`, and cannot be loaded.
-    """
-    if type(value) in _LEAVES:
-        return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
-    if type(value) in (dict, OrderedDict):
-        return sum(_check_plain(key, where) + _check_plain(item, f"{where}.{key}") for key, item in value.items())
-    if type(value) in (list, tuple):
-        return sum(_check_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    raise CheckpointError(
-        f"{where.removeprefix('.')} is a {kind}, which no checkpoint can hold; its state_dict must be made of tensors, "
-        "numbers, text, None, lists, tuples and dicts"
-    )
 
 
 def _write(payload: dict[str, Any], path: Path) -> tuple[str, int]:
