@@ -234,7 +234,7 @@ def step_cost(config: Config, machine: Machine) -> StepCost:
     )
     inside = {id(p) for p in in_layers}
     return StepCost(
-        step=StepMemory(len(layers), length, machine.device_type, held, activations, described),
+        step=StepMemory(len(layers), length, machine.device_type, compiled, held, activations, described),
         compiled=compiled,
         samples=rows_per_micro_batch(config) * config.training.grad_accum_steps,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +31,7 @@ ADAPTIVE = "model.memory.policy=adaptive"
 def measured(folder: Path, *overrides: str) -> tuple[int, int]:
     """Peak of four steps above what was held before, and the planned one, in bytes."""
     write_corpus(folder)
+    gc.collect()  # the last test's model
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     config = small_config(folder, f"output_dir={folder / 'measured'}", *GPU, *RUN, *overrides)
@@ -70,6 +72,7 @@ def test_losses_stay_beside_a_ballast(tmp_path: Path) -> None:
     chosen = (*RUN, ADAPTIVE, "training.learning_rate=1e-4", "training.torch_compile=false")
     whole, _ = measured(tmp_path, "training.torch_compile=false")
     plenty = losses(tmp_path, "plenty", *chosen)
+    gc.collect()
     torch.cuda.empty_cache()
     free = free_memory_bytes(DEVICE)
     assert free is not None

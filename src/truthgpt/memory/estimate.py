@@ -17,9 +17,9 @@ from truthgpt.models.linear_cross_entropy import CHUNK_BYTES, DEFAULT_CHUNK_BYTE
 MIB = 2**20
 LIBRARY_BYTES = 64 * MIB
 """What cuBLAS and cuDNN take from torch's allocator for their own use."""
-BACKWARD_TENSORS = 3
+BACKWARD_TENSORS, COMPILED_BACKWARD_TENSORS = 3, 2
 """Tensors as large as a layer's largest that its backward pass holds beside what was kept: the gradients around an
-MLP's activation."""
+MLP's activation. A compiled one writes one of them over what it no longer needs."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class StepMemory:
     layers: int
     length: int
     device_type: str
+    compiled: bool
     held: Held
     activations: Activations
     head: Head
@@ -79,21 +80,20 @@ class StepMemory:
         layer = kept.layer + rows * kept.layer_row
         inputs = recomputed * rows * kept.layer_input_row
         everything = outside + inputs + (self.layers - recomputed) * layer
-        transient = LIBRARY_BYTES + BACKWARD_TENSORS * rows * kept.widest_row
+        wide = COMPILED_BACKWARD_TENSORS if self.compiled else BACKWARD_TENSORS
+        transient = LIBRARY_BYTES + wide * rows * kept.widest_row
         tokens = rows * self.length
-        loss, head_gradients = self._loss_bytes(tokens), self._head_gradient_bytes(tokens)
-        above = gradients * held.layer_share * (self.layers - recomputed) / self.layers
+        of_layers = gradients * held.layer_share / self.layers
         moments: list[tuple[str, float, float, float, float]] = [
-            ("the loss", carried, everything, loss, LIBRARY_BYTES),
-            ("the first backward step", carried, everything, head_gradients, transient),
-            ("the last backward step", gradients, outside + layer, head_gradients, transient),
+            ("the loss", carried, everything, self._loss_bytes(tokens), LIBRARY_BYTES),
+            ("the first backward step", carried, everything, self._backward_loss_bytes(tokens), transient),
+            ("the last backward step", max(carried, gradients - of_layers), outside + layer, 0.0, transient),
             ("the update", gradients, 0.0, 0.0, LIBRARY_BYTES),
         ]
         if recomputed:
-            begun = max(carried, above)
-            moments.append(
-                ("the first layer computed again", begun, outside + inputs + layer, head_gradients, transient)
-            )
+            begun = max(carried, of_layers * (self.layers - recomputed) + self._head_gradient_bytes())
+            others = inputs - rows * kept.layer_input_row  # the layer's own is among what it keeps
+            moments.append(("the first layer computed again", begun, outside + others + layer, 0.0, transient))
         return [
             MemoryEstimate(
                 weights=held.weights,
@@ -122,13 +122,15 @@ class StepMemory:
         gradient = padded * head.width * 4 if head.trained else 0
         return chunk + copy + gradient + 2 * self._hidden_bytes(tokens)
 
-    def _head_gradient_bytes(self, tokens: int) -> float:
-        """What the loss leaves for the backward pass."""
+    def _backward_loss_bytes(self, tokens: int) -> float:
+        """What the loss leaves for the first backward step."""
+        if self.head.whole_logits:
+            return tokens * self.head.vocab * (self.head.compute_bytes + 2 * 4)
+        return self._head_gradient_bytes() + 2 * self._hidden_bytes(tokens)
+
+    def _head_gradient_bytes(self) -> int:
         head = self.head
-        if head.whole_logits:
-            return tokens * head.vocab * (head.compute_bytes + 2 * 4)
-        gradient = head.vocab * head.width * head.weight_bytes if head.trained else 0
-        return gradient + 2 * self._hidden_bytes(tokens)
+        return head.vocab * head.width * head.weight_bytes if head.trained else 0
 
     def _hidden_bytes(self, tokens: int) -> int:
         return tokens * self.head.width * self.head.hidden_bytes

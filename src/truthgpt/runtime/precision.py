@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.fallbacks import Fallbacks
@@ -254,13 +255,16 @@ def hold_frozen_in_bf16(model: torch.nn.Module) -> UnscaledPrecision:
 def in_float32(model: torch.nn.Module) -> Iterator[None]:
     """`model` computes in float32 inside, though its weights are held in half precision, for probes that need it.
 
-    There is never a float32 copy of the whole: each of the repeated layers is cast while it computes. Afterwards the
-    weights are as they were, bit for bit. Quantised layers (of bitsandbytes) compute in float32 with the weights they
-    have.
+    There is never a float32 copy of the whole: each of the repeated layers, the embedding and the head are cast while
+    they compute. Afterwards the weights are as they were, bit for bit. Quantised layers (of bitsandbytes) compute in
+    float32 with the weights they have.
     """
-    layers = decoder_layers(model)
+    parts = decoder_layers(model)
+    if isinstance(model, PreTrainedModel):
+        ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+        parts += [end for end in ends if isinstance(end, torch.nn.Module)]
     quantized = [module for module in model.modules() if getattr(module, "compute_dtype", None) == torch.bfloat16]
-    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    inside = {id(parameter) for part in parts for parameter in part.parameters()}
     own: dict[torch.nn.Parameter, Tensor] = {}
 
     def cast(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -274,9 +278,9 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
             if parameter in own:
                 parameter.data = own.pop(parameter)
 
-    hooks = [layer.register_forward_pre_hook(lambda layer, _: cast(layer.parameters())) for layer in layers]
+    hooks = [part.register_forward_pre_hook(lambda part, _: cast(part.parameters())) for part in parts]
     hooks += [
-        layer.register_forward_hook(lambda layer, *_: restore(layer.parameters()), always_call=True) for layer in layers
+        part.register_forward_hook(lambda part, *_: restore(part.parameters()), always_call=True) for part in parts
     ]
     cast(parameter for parameter in model.parameters() if id(parameter) not in inside)
     for module in quantized:

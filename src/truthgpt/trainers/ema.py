@@ -38,8 +38,8 @@ class EMA:
     Args:
         decay: the decay a step that the warm-up rises to.
         exact: gives the float32 copy that stands behind a weight in half precision, or the weight itself.
-        device: where the average is kept; None: where the weights are. Elsewhere every update copies all weights
-            there, which the device is waited for.
+        device: where the average is kept; None: where the weights are. From elsewhere every update copies it to the
+            weights, a tensor at a time, and back.
     """
 
     def __init__(
@@ -57,13 +57,16 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """average = decay * average + (1 - decay) * weights, in one fused call."""
+        """average = decay * average + (1 - decay) * weights; one fused call where the average is with the weights."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        weights = [
-            self._exact(weight).detach().to(average.device, torch.float32)
-            for weight, average in zip(self._weights.values(), self._average.values(), strict=True)
-        ]
-        torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
+        if self.device is None:
+            weights = [self._exact(weight).detach().float() for weight in self._weights.values()]
+            torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
+            return
+        for weight, average in zip(self._weights.values(), self._average.values(), strict=True):
+            # Where the weight is: a GPU and its bus are many times as fast as the host's cores. Nothing waits here.
+            near = average.to(weight.device, non_blocking=True)
+            average.copy_(near.lerp_(self._exact(weight).detach().float(), 1 - decay), non_blocking=True)
 
     def applied(self) -> AbstractContextManager[None]:
         """The averaged weights stand in the model, float32 ones without a copy; then its own again."""
@@ -78,6 +81,8 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights by parameter name."""
+        if self.device is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()  # the last update may still be on its way to the host
         return dict(self._average)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
