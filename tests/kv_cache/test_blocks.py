@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from truthgpt.kv_cache.blocks import BlockPool, BlockTable, OutOfBlocks
 
@@ -252,7 +252,7 @@ def test_misuse_is_caught() -> None:
         lambda t: pool.commit(t, []),
     ):
         with pytest.raises(AssertionError):
-            use(other)  # type: ignore[no-untyped-call]
+            use(other)
     for blocks, size in ((0, 1), (1, 0)):
         with pytest.raises(AssertionError):
             BlockPool(blocks, size)
@@ -265,7 +265,7 @@ Value = tuple[Any, int, int]
 
 @dataclass
 class Request:
-    """What a table must hold."""
+    """A table, and what it must hold."""
 
     table: BlockTable
     values: list[Value]
@@ -278,10 +278,13 @@ class Request:
         return [value[2] for value in self.values]
 
 
+TOKENS = st.integers(0, 1)
+PICK = st.integers(0, 7)
+some_living = precondition(lambda self: self.living)
+
+
 class Histories(RuleBasedStateMachine):
     """Requests come, write, fork and go; the storage is simulated, and the least recently used past kept as a list."""
-
-    sequences: Bundle[Request] = Bundle("sequences")
 
     @initialize(blocks=st.integers(1, 12), block_size=st.integers(1, 3))
     def create(self, blocks: int, block_size: int) -> None:
@@ -289,14 +292,15 @@ class Histories(RuleBasedStateMachine):
         self.size = block_size
         self.storage: list[list[Value | None]] = [[None] * block_size for _ in range(blocks)]
         self.living: list[Request] = []
+        self.texts: list[list[int]] = []
         self.unused: list[tuple[int, ...]] = []  # pasts that are found and not held, the least recently used first
         self.weights = 0
 
-    def pasts(self, sequence: Request) -> list[tuple[int, ...]]:
+    def pasts(self, request: Request) -> list[tuple[int, ...]]:
         """Its full blocks that can be found, each as the tokens from the first to its last."""
-        if sequence.weights != self.weights:
+        if request.weights != self.weights:
             return []
-        ids = tuple(sequence.token_ids)
+        ids = tuple(request.token_ids)
         return [ids[:end] for end in range(self.size, len(ids) + 1, self.size)]
 
     def held(self, but: Request | None = None) -> set[int]:
@@ -308,13 +312,50 @@ class Histories(RuleBasedStateMachine):
     def read(self, table: BlockTable) -> list[Value | None]:
         return [self.storage[table.blocks[i // self.size]][i % self.size] for i in range(table.length)]
 
-    @rule(target=sequences, token_ids=st.lists(st.integers(0, 1), max_size=8))
-    def begin(self, token_ids: list[int]) -> Request:
-        return self._begin(token_ids)
+    def pick(self, index: int) -> Request:
+        return self.living[index % len(self.living)]
 
-    @rule(target=sequences, other=sequences, token_ids=st.lists(st.integers(0, 1), max_size=3))
-    def begin_like(self, other: Request, token_ids: list[int]) -> Request:
-        return self._begin(other.token_ids + token_ids)
+    @rule(token_ids=st.lists(TOKENS, max_size=8))
+    def begin(self, token_ids: list[int]) -> None:
+        self._begin(token_ids)
+
+    @rule(token_ids=st.lists(TOKENS, min_size=2, max_size=12), twins=st.integers(1, 2))
+    def begin_and_write(self, token_ids: list[int], twins: int) -> None:
+        """Equal prompts that begin in the same step find nothing of each other."""
+        for request in [self._begin(token_ids) for _ in range(twins)]:
+            if any(request is each for each in self.living):
+                self._go_on(request, token_ids[request.table.length :])
+
+    @precondition(lambda self: self.texts)
+    @rule(index=PICK, token_ids=st.lists(TOKENS, max_size=3), twins=st.integers(1, 2))
+    def begin_next_turn(self, index: int, token_ids: list[int], twins: int) -> None:
+        """A prompt that begins as the text of a request that is gone."""
+        self.begin_and_write(self.texts[-1 - index % len(self.texts)] + token_ids, twins)
+
+    @some_living
+    @rule(index=PICK, token_ids=st.lists(TOKENS, min_size=1, max_size=4))
+    def decode(self, index: int, token_ids: list[int]) -> None:
+        self._go_on(self.pick(index), token_ids)
+
+    @some_living
+    @rule(index=PICK, token_ids=st.lists(TOKENS, min_size=2, max_size=2))
+    def branch(self, index: int, token_ids: list[int]) -> None:
+        """Two samples of one prompt."""
+        request = self.pick(index)
+        self.fork(index)
+        for each, token in zip((self.living[-1], request), token_ids, strict=True):
+            if any(each is one for one in self.living):
+                self._go_on(each, [token])
+
+    def _go_on(self, request: Request, token_ids: list[int]) -> None:
+        """Make room as an engine does: the youngest others go, in the end the request itself."""
+        while not self.pool.can_reserve(request.table, len(token_ids)):
+            others = [each for each in self.living if each is not request]
+            self._release(others[-1] if others else request)
+            if not others:
+                return
+        self._reserve(request, len(token_ids))
+        self._write(request, token_ids)
 
     def _begin(self, token_ids: list[int]) -> Request:
         there = self.held_pasts() | set(self.unused)
@@ -326,16 +367,20 @@ class Histories(RuleBasedStateMachine):
         values: list[Value] = []
         for token in token_ids[:length]:
             values.append((values[-1] if values else None, self.weights, token))
-        sequence = Request(table, values, self.weights)
-        self.living.append(sequence)
-        for past in self.pasts(sequence):
+        request = Request(table, values, self.weights)
+        self.living.append(request)
+        for past in self.pasts(request):
             if past in self.unused:
                 self.unused.remove(past)
-        return sequence
+        return request
 
-    @rule(sequence=sequences, tokens=st.integers(0, 7))
-    def reserve(self, sequence: Request, tokens: int) -> None:
-        table, before, others = sequence.table, list(sequence.table.blocks), self.held(but=sequence)
+    @some_living
+    @rule(index=PICK, tokens=st.integers(0, 7))
+    def reserve(self, index: int, tokens: int) -> None:
+        self._reserve(self.pick(index), tokens)
+
+    def _reserve(self, request: Request, tokens: int) -> None:
+        table, before, others = request.table, list(request.table.blocks), self.held(but=request)
         length, index = table.length, table.length // self.size
         end = -(-(length + tokens) // self.size)
         copy = tokens > 0 and length % self.size > 0 and before[index] in others
@@ -360,52 +405,59 @@ class Histories(RuleBasedStateMachine):
         assert len(copies) == copy
         expected = before[:index] + new[:copy] + before[index + copy :] + new[copy:]
         assert table.blocks == expected and table.length == length
-        sequence.room = max(sequence.room, tokens)
+        request.room = max(request.room, tokens)
 
-    @rule(sequence=sequences, token_ids=st.lists(st.integers(0, 1), max_size=7))
-    def write_and_commit(self, sequence: Request, token_ids: list[int]) -> None:
-        token_ids = token_ids[: sequence.room]
-        table, shared = sequence.table, self.held(but=sequence)
+    @some_living
+    @rule(index=PICK, token_ids=st.lists(TOKENS, max_size=7))
+    def write(self, index: int, token_ids: list[int]) -> None:
+        self._write(self.pick(index), token_ids)
+
+    def _write(self, request: Request, token_ids: list[int]) -> None:
+        """As many of the tokens as there is room for."""
+        token_ids = token_ids[: request.room]
+        table, shared = request.table, self.held(but=request)
         for token in token_ids:
-            position = len(sequence.values)
+            position = len(request.values)
             block = table.blocks[position // self.size]
             assert block not in shared, "written while shared"
-            value = (sequence.values[-1] if sequence.values else None, self.weights, token)
+            value = (request.values[-1] if request.values else None, self.weights, token)
             self.storage[block][position % self.size] = value
-            sequence.values.append(value)
+            request.values.append(value)
         self.pool.commit(table, token_ids)
-        sequence.room -= len(token_ids)
-        self.unused = [past for past in self.unused if past not in self.pasts(sequence)]
+        request.room -= len(token_ids)
+        self.unused = [past for past in self.unused if past not in self.pasts(request)]
 
-    @rule(target=sequences, sequence=sequences)
-    def fork(self, sequence: Request) -> Request:
-        table = self.pool.fork(sequence.table)
-        assert table.blocks == sequence.table.blocks[: -(-sequence.table.length // self.size)]
-        assert table.length == sequence.table.length
+    @some_living
+    @rule(index=PICK)
+    def fork(self, index: int) -> None:
+        request = self.pick(index)
+        table = self.pool.fork(request.table)
+        assert table.blocks == request.table.blocks[: -(-request.table.length // self.size)]
+        assert table.length == request.table.length
         if table.length % self.size:
-            sequence.room = 0
-        self.living.append(Request(table, list(sequence.values), sequence.weights))
-        return self.living[-1]
+            request.room = 0
+        self.living.append(Request(table, list(request.values), request.weights))
 
-    @rule(sequence=consumes(sequences))
-    def release(self, sequence: Request) -> None:
-        self._release(sequence)
+    @some_living
+    @rule(index=PICK)
+    def release(self, index: int) -> None:
+        self._release(self.pick(index))
 
-    def _release(self, sequence: Request) -> None:
-        self.pool.release(sequence.table)
-        assert sequence.table == BlockTable([], 0)
-        self.living = [each for each in self.living if each is not sequence]
+    def _release(self, request: Request) -> None:
+        self.texts.append(request.token_ids)
+        self.pool.release(request.table)
+        assert request.table == BlockTable([], 0)
+        self.living = [each for each in self.living if each is not request]
         kept = self.held_pasts()
-        self.unused += [past for past in reversed(self.pasts(sequence)) if past not in kept]
+        self.unused += [past for past in reversed(self.pasts(request)) if past not in kept]
 
-    @rule(target=sequences, really=st.integers(0, 3))
-    def forget(self, really: int) -> Any:
-        """One time in four, or nothing would ever be found."""
-        if really == 0:
+    @rule(really=st.integers(0, 7))
+    def forget(self, really: int) -> None:
+        """Seldom, or nothing would ever be found."""
+        if really == 7:
             self.pool.forget()
             self.weights += 1
             self.unused = []
-        return multiple()
 
     @invariant()
     def tables_read_their_own(self) -> None:
@@ -438,8 +490,8 @@ class Histories(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "pool"):
             return
-        for sequence in list(self.living):
-            self._release(sequence)
+        for request in list(self.living):
+            self._release(request)
         assert (self.pool.free_blocks, self.pool.used_blocks, self.pool.filled_positions) == (self.pool.blocks, 0, 0)
         for past in list(self.unused):
             self._release(self._begin([*past, 0]))
