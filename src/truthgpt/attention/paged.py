@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from truthgpt.attention.gpu import HALF, MAX_HEAD_SIZE
-from truthgpt.attention.paged_kernels import paged_decode, write_pages
 from truthgpt.attention.varlen import varlen_between
+from truthgpt.runtime.device import has_triton
+
+if has_triton():
+    from truthgpt.attention.paged_kernels import paged_decode, write_pages
 
 KEY_PAGES, VALUE_PAGES = "truthgpt_key_pages", "truthgpt_value_pages"
 """Attributes of an attention module: its layer's part of the cache."""
@@ -33,6 +36,7 @@ class PagedStep:
             kernels read the tables.
         borders: int32 `(2, B + 1)`: where each sequence's queries and keys begin, for several new tokens on a GPU.
         seen: int64: slots of all positions of all sequences; None: there are new ones only.
+        kernels: a GPU with Triton runs it.
     """
 
     slots: torch.Tensor
@@ -43,6 +47,7 @@ class PagedStep:
     blocks: tuple[tuple[int, ...], ...] = ()
     borders: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+    kernels: bool = False
 
 
 def paged_attention(
@@ -68,8 +73,8 @@ def paged_attention(
     keys, values = getattr(module, KEY_PAGES), getattr(module, VALUE_PAGES)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (N, H_kv, D)
-    kernels = query.is_cuda and query.dtype in HALF and query.shape[-1] <= MAX_HEAD_SIZE
-    if query.is_cuda:
+    flash = query.dtype in HALF and query.shape[-1] <= MAX_HEAD_SIZE and softcap is None
+    if paged.kernels:
         write_pages(new_keys.to(keys.dtype), new_values.to(keys.dtype), keys, values, paged.slots)
     else:
         keys.flatten(0, 1).index_copy_(0, paged.slots, new_keys.to(keys.dtype))
@@ -79,7 +84,7 @@ def paged_attention(
         output = paged_decode(
             queries, keys, values, paged.block_tables, paged.lengths, scaling, sliding_window, softcap
         )
-    elif kernels and softcap is None and paged.borders is not None:
+    elif flash and paged.borders is not None:
         if paged.seen is not None:
             new_keys, new_values = (pages.flatten(0, 1)[paged.seen] for pages in (keys, values))
         longest = max(paged.counts), max(s + n for s, n in zip(paged.starts, paged.counts, strict=True))
@@ -99,12 +104,15 @@ def _one_by_one(
     softcap: float | None,
 ) -> torch.Tensor:
     outputs = []
-    for start, of_sequence, blocks in zip(paged.starts, queries.split(paged.counts), paged.blocks, strict=True):
+    parts = torch.split(queries, list(paged.counts))
+    for start, of_sequence, blocks in zip(paged.starts, parts, paged.blocks, strict=True):
         total = start + of_sequence.shape[0]
         first = 0 if window is None else max(0, start + 1 - window)  # what no new token can see is left out
         seen_keys, seen_values = (_positions(pages, blocks, first, total) for pages in (keys, values))
-        attend = _plain if softcap is None else _softcapped
-        outputs.append(attend(of_sequence, seen_keys, seen_values, scaling, window, softcap))
+        if softcap is None:
+            outputs.append(_plain(of_sequence, seen_keys, seen_values, scaling, window))
+        else:
+            outputs.append(_softcapped(of_sequence, seen_keys, seen_values, scaling, window, softcap))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -126,7 +134,6 @@ def _plain(
     values: torch.Tensor,
     scaling: float,
     window: int | None,
-    softcap: None,
 ) -> torch.Tensor:
     """`(n, H, D)` queries, the last of `(H_kv, T, D)` keys: `(n, H, D)`."""
     new, heads, size = queries.shape
@@ -146,10 +153,9 @@ def _softcapped(
     values: torch.Tensor,
     scaling: float,
     window: int | None,
-    softcap: float | None,
+    softcap: float,
 ) -> torch.Tensor:
     """The same with scores that are bent: `softcap * tanh(scores / softcap)` (Gemma 2)."""
-    assert softcap is not None
     new, heads, _ = queries.shape
     keys, values = (t.repeat_interleave(heads // t.shape[0], dim=0).float() for t in (keys, values))
     scores = torch.einsum("nhd,htd->hnt", queries.float(), keys) * scaling

@@ -207,9 +207,7 @@ def _write_pages(
 
 
 @_write_pages.register_fake
-def _(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
-) -> None:
+def _(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
     return None
 
 

@@ -14,6 +14,7 @@ from typing import IO, Annotated
 import typer
 
 from truthgpt.cli.output import emit_json, say
+from truthgpt.cli.sizes import parse_size
 from truthgpt.errors import ConfigError, DataError, RunDirectoryError
 
 
@@ -69,9 +70,7 @@ def generate(
     from truthgpt.inference.request import Sampling
     from truthgpt.serve_model import ServingOptions, open_text_model
 
-    sampling = Sampling(
-        *(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed), stop=tuple(stop or ())
-    )
+    sampling = Sampling(*(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed), stop=tuple(stop or ()))
     options = ServingOptions(device, dtype.value, kv_cache.value, block_size, size)
     generations = []
     with open_text_model(target, options) as model, _lines(out) as file:

@@ -1,8 +1,8 @@
 """Writes many answers at once: requests come and go at every step (continuous batching, Yu et al. 2022).
 
-A step runs at most two forward passes: prompts, as many of their tokens as the budget allows, and one new token of every
-answer that has begun. When the cache is full, the request that came last gives its blocks back and is computed again
-later; its text stays what it was, since its random numbers depend on nothing but itself.
+A step runs at most two forward passes: prompts, as many of their tokens as the budget allows, and one new token of
+every answer that has begun. When the cache is full, the request that came last gives its blocks back and is computed
+again later; its text stays what it was, since its random numbers depend on nothing but itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from truthgpt.inference.stop_tokens import stop_token_ids
 from truthgpt.inference.text_stream import TextStream
 from truthgpt.inference.token_sequence import TokenSequence
 from truthgpt.kv_cache.blocks import OutOfBlocks
-
 
 _BEGINNING = 16
 """Tokens that two prompts have in common before one of them waits for the other's blocks."""

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from truthgpt.attention.install import install_attention, transformers_attention_in
 from truthgpt.attention.paged import KEY_PAGES, VALUE_PAGES, PagedStep, paged_attention
-from truthgpt.attention.paged_kernels import kernels_available
 from truthgpt.attention.probe import HALF_TOLERANCE, TOLERANCE
 from truthgpt.inference.runner import Work, logits_to_keep
 from truthgpt.inference.token_sequence import TokenSequence
 from truthgpt.kv_cache.base import LayerShape
 from truthgpt.kv_cache.paged import KVPages
+from truthgpt.runtime.device import has_triton
 
 PROBE_TOKENS, PROBE_BLOCK = 40, 4
 
@@ -34,7 +34,7 @@ class PagedRunner:
     def __init__(self, model: PreTrainedModel, cache: KVPages) -> None:
         self._model = model
         self._cache = cache
-        self._kernels = kernels_available(model.device)
+        self._kernels = model.device.type == "cuda" and has_triton()
         self._logits_to_keep = logits_to_keep(model)
 
     @property
@@ -75,7 +75,7 @@ class PagedRunner:
     def forward(
         self, new: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[tuple[int, ...]]
     ) -> torch.Tensor:
-        """Logits `(B, V)` behind each sequence's `new` tokens, which stand behind `starts` others in blocks `tables`."""
+        """Logits `(B, V)` behind each sequence's `new` tokens, which stand behind `starts` others in its `tables`."""
         device = self._model.device
         counts = [len(tokens) for tokens in new]
         positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
@@ -100,7 +100,7 @@ class PagedRunner:
         for row, table in zip(rows, tables, strict=True):
             row[: len(table)] = table
         decoding = self._kernels and max(counts) == 1
-        several = self._kernels and not decoding
+        several = device.type == "cuda" and not decoding
         return PagedStep(
             slots=torch.from_numpy(slots).to(device),
             block_tables=torch.from_numpy(rows).to(device),
@@ -110,6 +110,7 @@ class PagedRunner:
             blocks=() if decoding else tuple(tables),
             borders=_borders(counts, totals).to(device) if several else None,
             seen=torch.from_numpy(np.concatenate(every)).to(device) if several and any(starts) else None,
+            kernels=self._kernels,
         )
 
 

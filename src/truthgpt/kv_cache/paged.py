@@ -25,9 +25,7 @@ class PagedKVCache:
     block_size: int
     keeps: bool = True
 
-    def allocate(
-        self, layers: Sequence[LayerShape], blocks: int, dtype: torch.dtype, device: torch.device
-    ) -> KVPages:
+    def allocate(self, layers: Sequence[LayerShape], blocks: int, dtype: torch.dtype, device: torch.device) -> KVPages:
         """Take the memory of `blocks` blocks."""
         return KVPages(layers, blocks, self.block_size, dtype, device)
 
