@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from truthgpt.errors import ConfigError
+from truthgpt.inference.text_stream import continuation
 from truthgpt.runtime.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def generate_texts(
         prompt_ids, max_new_tokens = _fit_context(prompt_ids, settings.max_new_tokens, _context_tokens(model))
         config = _generation_config(settings, max_new_tokens, stop_ids, tokenizer)
         new_ids = _generate(model, prompt_ids, config, seed)
-        yield Generation(prompt, _continuation(tokenizer, prompt_ids, new_ids), new_ids)
+        yield Generation(prompt, continuation(tokenizer, prompt_ids, new_ids), new_ids)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -219,17 +220,3 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-
-
-def _continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> str:
-    """Text of the new tokens as it stands after the prompt.
-
-    Decoded alone they would lose the space that SentencePiece tokenizers drop at the start of a text.
-    """
-    before = _decode(tokenizer, prompt_ids)
-    whole = _decode(tokenizer, prompt_ids + new_ids)
-    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, new_ids)
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
