@@ -74,7 +74,7 @@ class TextStream:
                 stop.take(character)
             complete = [len(stop.text) for stop in self._stops if stop.complete]
             if complete:
-                self._stopped, self._held = True, ""
+                self._stopped = True
                 return pending[: place - max(complete)]
         given = len(pending) - max(stop.matched for stop in self._stops)
         self._held = pending[given:]
@@ -108,9 +108,9 @@ class _Window:
     """Decodes the last tokens in the context of some before them, and says which of the text is new and certain.
 
     A decoder's text depends on what precedes in three ways. Bytes of UTF-8 make characters together, over 4 tokens at
-    most. The first space of a text is dropped by some, so the context is never one without text. And a run of
-    SentencePiece's byte tokens is decoded as a whole, into one replacement character a byte if any of it is wrong: such
-    a run is decoded when it has ended, and the context never begins within one.
+    most. The first space of a text is dropped by some. Both are settled by a context of a few tokens that have text.
+    And a run of SentencePiece's byte tokens is decoded as a whole, into one replacement character a byte if any of it
+    is wrong: such a run is decoded when it has ended, and the context never begins within one that has not.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
@@ -142,7 +142,7 @@ class _Window:
         certain = _certain(text, final)
         new = certain[self._given :]
         self._given = len(certain)
-        if len(self._ids) > 2 * _CONTEXT and not final:
+        if len(self._ids) > 2 * _CONTEXT:
             self._shorten(held=len(text) - self._given)
         return new
 
@@ -161,12 +161,8 @@ class _Window:
 
     def _shorten(self, held: int) -> None:
         """Forget what the text to come does not depend on."""
-        start = len(self._ids) - _CONTEXT
-        while start < len(self._ids) and self._is_byte(self._ids[start]):
-            start += 1
-        kept = _decode(self._tokenizer, self._ids[start:])
-        if kept:
-            self._ids, self._given = self._ids[start:], len(kept) - held
+        self._ids = self._ids[-_CONTEXT:]
+        self._given = len(_decode(self._tokenizer, self._ids)) - held
 
     def _prompt_context(self, prompt_ids: Sequence[int]) -> list[int]:
         """The end of the prompt, enough for all that follows it to be decoded as after the whole prompt."""
@@ -174,8 +170,7 @@ class _Window:
         for index in reversed(prompt_ids):
             if not self._is_visible(index):
                 continue
-            whole_run = len(context) >= _CONTEXT and not (self._is_byte(index) and self._is_byte(context[-1]))
-            if whole_run and _decode(self._tokenizer, context[::-1]):
+            if len(context) >= _CONTEXT and not (self._is_byte(index) and self._is_byte(context[-1])):
                 break
             context.append(int(index))
         return context[::-1]
