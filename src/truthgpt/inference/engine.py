@@ -58,6 +58,7 @@ class Engine:
         tokenizer: the tokenizer it was trained with.
         runner: runs it.
         model_name: what the model is called.
+        streaming: every piece has the text of its tokens; otherwise the last one has it all, which is much less work.
 
     Attributes:
         context_tokens: positions the model has; None: no limit is known.
@@ -70,12 +71,14 @@ class Engine:
         runner: Runner,
         limits: EngineLimits,
         model_name: str = "",
+        streaming: bool = False,
     ) -> None:
         self.model_name = model_name
         self.context_tokens = context_tokens(model)
         self._tokenizer = tokenizer
         self._runner = runner
         self._limits = limits
+        self._streaming = streaming
         self._vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self._next_id = 0
@@ -229,9 +232,12 @@ class Engine:
 
     def _write(self, sequence: TokenSequence, token: int) -> Piece:
         sequence.tokens.append(token)
-        text = sequence.stream.push([token])
+        streaming = self._streaming or sequence.sampling.stop  # a stop text has to be seen when it is there
+        text = sequence.stream.push([token]) if streaming else ""
         finish: FinishReason | None = sequence.finish_reason(self._stop_ids)
         if finish is not None:
+            if not streaming:
+                text = sequence.stream.push(sequence.tokens[sequence.prompt_tokens :])
             text += sequence.stream.finish()
             self._running.remove(sequence)
             self._runner.release(sequence)
