@@ -82,6 +82,7 @@ class Engine:
         self._vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self._next_id = 0
+        self._cancelling = False
         self._waiting: deque[TokenSequence] = deque()
         self._running: list[TokenSequence] = []  # in the order they were admitted
 
@@ -112,7 +113,7 @@ class Engine:
         """Break off a request; one that is unknown or answered is ignored."""
         for sequence in (*self._running, *self._waiting):
             if sequence.request_id == request_id:
-                sequence.cancelled = True
+                sequence.cancelled = self._cancelling = True
 
     @property
     def has_work(self) -> bool:
@@ -129,14 +130,13 @@ class Engine:
         pieces = self._drop_cancelled()
         decoding = [s for s in self._running if s.pending == 1]
         pieces += self._advance(self._prompts_in_budget())
-        pieces += self._advance(self._with_room([s for s in decoding if s in self._running]))
+        pieces += self._advance(self._with_room(decoding))
         return pieces
 
     def abandon(self) -> None:
         """Forget all requests, for example after an error in a step."""
-        for sequence in self._running:
-            self._runner.release(sequence)
-        self._running.clear()
+        for sequence in list(self._running):
+            self._dismiss(sequence)
         self._waiting.clear()
 
     def _check(self, prompt_ids: Sequence[int]) -> None:
@@ -154,13 +154,13 @@ class Engine:
             )
 
     def _drop_cancelled(self) -> list[Piece]:
-        cancelled = [s for s in (*self._running, *self._waiting) if s.cancelled]
-        if cancelled:
-            for sequence in cancelled:
-                if sequence in self._running:
-                    self._runner.release(sequence)
-            self._running = [s for s in self._running if not s.cancelled]
-            self._waiting = deque(s for s in self._waiting if not s.cancelled)
+        cancelled = [s for s in (*self._running, *self._waiting) if s.cancelled] if self._cancelling else []
+        self._cancelling = False
+        for sequence in cancelled:
+            if sequence.running:
+                self._dismiss(sequence)
+            else:
+                self._waiting.remove(sequence)
         return [Piece(s.request_id, (), s.stream.finish(), "cancelled") for s in cancelled]
 
     def _prompts_in_budget(self) -> list[tuple[TokenSequence, int]]:
@@ -183,6 +183,7 @@ class Engine:
                 self._runner.release(sequence)
                 break
             self._running.append(self._waiting.popleft())
+            sequence.running = True
             work.append((sequence, count))
             beginnings.add(_beginning(sequence))
             budget -= count
@@ -203,16 +204,20 @@ class Engine:
         """One token each; who came last makes room for who came first."""
         work = []
         for sequence in sequences:
-            while sequence in self._running and not self._reserved(sequence, 1):
+            while sequence.running and not self._reserved(sequence, 1):
                 self._preempt(self._running[-1])
-            if sequence in self._running:
+            if sequence.running:
                 work.append((sequence, 1))
         return work
 
     def _preempt(self, sequence: TokenSequence) -> None:
+        self._dismiss(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _dismiss(self, sequence: TokenSequence) -> None:
         self._running.remove(sequence)
         self._runner.release(sequence)
-        self._waiting.appendleft(sequence)
+        sequence.running = False
 
     def _advance(self, work: list[tuple[TokenSequence, int]]) -> list[Piece]:
         """Run `work`, and choose a token for every sequence of which nothing is left to run."""
@@ -239,8 +244,7 @@ class Engine:
             if not streaming:
                 text = sequence.stream.push(sequence.tokens[sequence.prompt_tokens :])
             text += sequence.stream.finish()
-            self._running.remove(sequence)
-            self._runner.release(sequence)
+            self._dismiss(sequence)
         return Piece(sequence.request_id, (token,), text, finish)
 
 

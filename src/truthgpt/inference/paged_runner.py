@@ -62,10 +62,15 @@ class PagedRunner:
 
     def reserve(self, sequence: TokenSequence, tokens: int) -> None:
         """See `Runner`."""
-        self._cache.copy(self._cache.pool.reserve(sequence.kept, tokens))
+        table, pool = sequence.kept, self._cache.pool
+        if sequence.computed + tokens <= len(table.blocks) * pool.block_size:
+            return
+        self._commit(sequence)
+        self._cache.copy(pool.reserve(table, tokens))
 
     def release(self, sequence: TokenSequence) -> None:
         """See `Runner`."""
+        self._commit(sequence)
         self._cache.pool.release(sequence.kept)
         sequence.kept, sequence.computed = None, 0
 
@@ -77,16 +82,21 @@ class PagedRunner:
         new = [sequence.tokens[sequence.computed : sequence.computed + count] for sequence, count in work]
         starts = [sequence.computed for sequence, _ in work]
         logits = self.forward(new, starts, [tuple(sequence.kept.blocks) for sequence, _ in work])
-        for (sequence, count), tokens in zip(work, new, strict=True):
-            self._cache.pool.commit(sequence.kept, tokens)
+        for sequence, count in work:
             sequence.computed += count
+            self._commit(sequence)
         return logits
+
+    def _commit(self, sequence: TokenSequence) -> None:
+        """What was computed can be shared from now on; single tokens are told when they fill a block."""
+        table = sequence.kept
+        if table.length < sequence.computed:
+            self._cache.pool.commit(table, sequence.tokens[table.length : sequence.computed])
 
     def _run_graph(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         assert self._graphs is not None
         logits = self._graphs.logits(sequences)
         for sequence in sequences:
-            self._cache.pool.commit(sequence.kept, sequence.tokens[sequence.computed : sequence.computed + 1])
             sequence.computed += 1
         return logits
 
