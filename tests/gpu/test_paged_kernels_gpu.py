@@ -138,12 +138,16 @@ def test_a_batch_of_nothing_but_padding_is_zero() -> None:
         assert torch.equal(decode(*tensors, 0.1, None, None, splits, tile_of(64, query.dtype)), 0 * query)
 
 
-def test_large_scores_do_not_overflow() -> None:
-    cache = cache_of((300, 900), 16, 2, 64, torch.float32)
-    query = 300 * query_of(cache, 4)
+def test_scores_that_grow_along_the_sequence() -> None:
+    """Each tile and each part has a larger maximum than those before, in the end far beyond what exp can hold."""
+    cache = cache_of((300, 3000), 16, 1, 256, torch.float32)
+    for slots in cache.slots:
+        cache.keys.flatten(0, 1)[slots] *= torch.linspace(0, 30, len(slots), device=DEVICE)[:, None, None]
+    query = query_of(cache, 4)
     tensors = (query, cache.keys, cache.values, cache.tables, cache.lengths)
-    for splits in (1, 5):
-        assert_near(decode(*tensors, 1.0, None, None, splits, tile_of(64, query.dtype)), exact(query, cache, 1.0))
+    for splits, scaling in product((1, 33), (0.01, 1.0)):
+        output = decode(*tensors, scaling, None, None, splits, tile_of(256, query.dtype))
+        assert_near(output, exact(query, cache, scaling))
 
 
 def test_number_of_parts() -> None:
@@ -241,7 +245,7 @@ def random_like(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).half().to(DEVICE)
 
 
-@pytest.mark.parametrize("batch", [2, 40], ids=["split", "whole"])
+@pytest.mark.parametrize("batch", [3, 40], ids=["split", "whole"])
 def test_a_graph_is_replayed_with_other_lengths(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths, blocks and slots change in place between replays; nothing is read back while it is captured."""
     monkeypatch.setattr(paged_kernels, "_processors", lambda _: 16)
@@ -250,24 +254,25 @@ def test_a_graph_is_replayed_with_other_lengths(batch: int, monkeypatch: pytest.
     query, new, slots = query_of(cache, 4), random_like(2, batch, 2, 64), last_slots(cache)
     before = cache.keys.clone(), cache.values.clone()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         next_token(query, new, slots, cache)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = next_token(query, new, slots, cache)
-    for shift in (0, 1, batch // 2):
+    for shift in (0, 1, 2):
         cache.keys.copy_(before[0])
         cache.values.copy_(before[1])
-        cache.lengths.copy_(torch.tensor(lengths, dtype=torch.int32).roll(shift))
-        cache.tables.copy_(cache.tables.roll(shift, 0) if shift else cache.tables)
-        if shift == batch // 2:
-            cache.lengths[-1] = 0
+        lengths = lengths[-shift:] + lengths[:-shift]
+        cache.tables.copy_(cache.tables.roll(shift, 0))
+        if shift == 2:
+            lengths[1] = 0  # a sequence has ended
+        cache.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
         slots.copy_(last_slots(cache))
         expected = expected_next(query, new, slots, cache)
         graph.replay()
         assert_near(output, expected)
-        lengths = cache.lengths.tolist()
 
 
 def test_no_call_waits_for_the_gpu() -> None:
