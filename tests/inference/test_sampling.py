@@ -319,3 +319,19 @@ def test_logits_are_left_as_they_are() -> None:
     before = logits.clone()
     sample(logits, ODD, [0] * len(ODD), [[1, 2]] * len(ODD))
     assert torch.equal(logits, before)
+
+
+def test_the_nucleus_is_no_larger_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[math.log(4), math.log(2), 0.0, 0.0]])
+    assert logits.softmax(-1).tolist() == [[0.5, 0.25, 0.125, 0.125]]
+    seen = captured(monkeypatch)
+    for top_p in (0.5, 0.51, 0.75):
+        sample(logits, [Sampling(temperature=1.0, top_p=top_p)], [0], NO_TEXT)
+    assert [int((probabilities > 0).sum()) for probabilities in seen] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1.0])
+def test_a_share_at_either_end_falls_on_a_weight(u: float) -> None:
+    """What is left of a number within a chunk of tokens may be rounded to 0 or to 1."""
+    index, rest = sampling._invert(torch.tensor([[0.0, 0.0, 3.0, 0.0]]), torch.tensor([[u]]))
+    assert (index.item(), rest.item()) == (2, u)
