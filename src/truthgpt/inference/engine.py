@@ -7,6 +7,7 @@ again later; its text stays what it was, since its random numbers depend on noth
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from truthgpt.errors import ConfigError
 from truthgpt.inference.request import FinishReason, Piece, Sampling
 from truthgpt.inference.runner import Runner
-from truthgpt.inference.sampling import sample
+from truthgpt.inference.sampling import NO_TOKEN, sample
 from truthgpt.inference.stop_tokens import stop_token_ids
 from truthgpt.inference.text_stream import TextStream
 from truthgpt.inference.token_sequence import TokenSequence
 from truthgpt.kv_cache.blocks import OutOfBlocks
+
+logger = logging.getLogger(__name__)
 
 _BEGINNING = 16
 """Tokens that two prompts have in common before one of them waits for the other's blocks."""
@@ -236,6 +239,10 @@ class Engine:
         return [self._write(sequence, token) for sequence, token in zip(chosen, tokens, strict=True)]
 
     def _write(self, sequence: TokenSequence, token: int) -> Piece:
+        if token == NO_TOKEN:
+            logger.error("request %d: the model's logits are not finite; its answer ends", sequence.request_id)
+            self._dismiss(sequence)
+            return Piece(sequence.request_id, (), sequence.stream.finish(), "error")
         sequence.tokens.append(token)
         streaming = self._streaming or sequence.sampling.stop  # a stop text has to be seen when it is there
         text = sequence.stream.push([token]) if streaming else ""
