@@ -44,6 +44,11 @@ class Runner(Protocol):
         """Positions of the cache that sequences hold."""
         ...
 
+    @property
+    def shared_tokens(self) -> int:
+        """Sequences that begin alike share what is kept of them in pieces of so many tokens; 0: they do not."""
+        ...
+
 
 class OneByOneRunner:
     """One sequence at a time, with transformers' own cache, or with none: each token runs all before it again.
@@ -54,6 +59,7 @@ class OneByOneRunner:
 
     positions = 0
     used_positions = 0
+    shared_tokens = 0
 
     def __init__(self, model: PreTrainedModel, use_cache: bool) -> None:
         self._model = model
