@@ -161,7 +161,7 @@ class Engine:
                 self._dismiss(sequence)
             else:
                 self._waiting.remove(sequence)
-        return [Piece(s.request_id, (), s.stream.finish(), "cancelled") for s in cancelled]
+        return [Piece(s.request_id, (), self._last_text(s), "cancelled") for s in cancelled]
 
     def _prompts_in_budget(self) -> list[tuple[TokenSequence, int]]:
         """The tokens of prompts that this step runs: those that have begun first, then new ones while there is room."""
@@ -249,17 +249,23 @@ class Engine:
         if token == NO_TOKEN:
             logger.error("request %d: the model's logits are not finite; its answer ends", sequence.request_id)
             self._dismiss(sequence)
-            return Piece(sequence.request_id, (), sequence.stream.finish(), "error")
+            return Piece(sequence.request_id, (), self._last_text(sequence), "error")
         sequence.tokens.append(token)
-        streaming = self._streaming or sequence.sampling.stop  # a stop text has to be seen when it is there
-        text = sequence.stream.push([token]) if streaming else ""
+        text = sequence.stream.push([token]) if self._streams(sequence) else ""
         finish: FinishReason | None = sequence.finish_reason(self._stop_ids)
         if finish is not None:
-            if not streaming:
-                text = sequence.stream.push(sequence.tokens[sequence.prompt_tokens :])
-            text += sequence.stream.finish()
+            text += self._last_text(sequence)
             self._dismiss(sequence)
         return Piece(sequence.request_id, (token,), text, finish)
+
+    def _streams(self, sequence: TokenSequence) -> bool:
+        """Whether its text is made token by token: a stop text has to be seen when it is there."""
+        return self._streaming or bool(sequence.sampling.stop)
+
+    def _last_text(self, sequence: TokenSequence) -> str:
+        """What has not been given out of an answer that ends."""
+        text = "" if self._streams(sequence) else sequence.stream.push(sequence.tokens[sequence.prompt_tokens :])
+        return text + sequence.stream.finish()
 
 
 def context_tokens(model: PreTrainedModel) -> int | None:
