@@ -169,7 +169,7 @@ class Engine:
         work: list[tuple[TokenSequence, int]] = []
         later: list[TokenSequence] = []
         for sequence in [s for s in self._running if s.pending > 1]:
-            if budget > 0 and self._reserved(sequence, count := min(sequence.pending, budget)):
+            if budget > 0 and self._reserved(sequence, count := self._part(sequence, budget)):
                 work.append((sequence, count))
                 budget -= count
         while budget > 0 and self._waiting and len(self._running) + len(later) < self._limits.sequences:
@@ -179,7 +179,7 @@ class Engine:
                 self._runner.release(sequence)
                 later.append(sequence)
                 continue
-            count = min(sequence.pending, budget)
+            count = self._part(sequence, budget)
             if not self._reserved(sequence, count):
                 self._runner.release(sequence)
                 self._waiting.appendleft(sequence)
@@ -190,6 +190,9 @@ class Engine:
             budget -= count
         self._waiting.extendleft(reversed(later))
         return work
+
+    def _part(self, sequence: TokenSequence, budget: int) -> int:
+        return sequence.pending if self._runner.whole_prompts else min(sequence.pending, budget)
 
     def _shares_soon(self, sequence: TokenSequence, work: Work) -> bool:
         """Whether `work` computes the next block of `sequence`, which then finds it in the next step."""

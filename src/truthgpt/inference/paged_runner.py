@@ -56,6 +56,11 @@ class PagedRunner:
         return self._cache.pool.held_positions
 
     @property
+    def whole_prompts(self) -> bool:
+        """See `Runner`: attention needs no more than what is kept."""
+        return False
+
+    @property
     def shared_tokens(self) -> int:
         """See `Runner`."""
         return self._cache.pool.block_size
