@@ -1,13 +1,14 @@
 """One new token of many sequences as a CUDA graph: the host starts one thing instead of a thousand kernels.
 
-A graph is captured for a size of the batch and of the block tables when it is first needed, and serves every batch up to
-that size; the rows left over have length 0 and are written nowhere.
+A graph is captured for a size of the batch and of the block tables when it is first needed, and serves every batch up
+to that size; the rows left over have length 0 and are written nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 LEAST_BLOCKS = 8
 WARM_UPS = 3
 """Passes before a capture: kernels are chosen and compiled in them."""
-_TOKEN, _POSITION, _SLOT, _LENGTH, _TABLE = range(5)
+_TOKEN, _POSITION, _SLOT, _LENGTH, _SOURCE, _TABLE = range(6)
 """Columns of what a graph reads: one number each, and from the last one on the blocks."""
 
 Forward = Callable[[torch.Tensor, torch.Tensor, PagedStep], torch.Tensor]
@@ -32,7 +33,8 @@ Forward = Callable[[torch.Tensor, torch.Tensor, PagedStep], torch.Tensor]
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
-    staging: torch.Tensor
+    staging: Iterator[torch.Tensor]
+    """Page-locked memory on the host, in turn: the device may still read one while the next is written."""
     logits: torch.Tensor
 
 
@@ -54,15 +56,24 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._tables = _Tables()
 
-    def logits(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        """Logits `(B, V)` behind the last token of each, which has its place in the cache; valid until the next call."""
+    def logits(
+        self, sequences: Sequence[TokenSequence], ahead: tuple[torch.Tensor, Sequence[int]] | None
+    ) -> torch.Tensor:
+        """Logits `(B, V)` behind the next token of each, which has its place in the cache; valid until the next call.
+
+        Args:
+            ahead: where the tokens are when the host does not know them yet: that of row i is `ahead[0][ahead[1][i]]`.
+        """
         count = len(sequences)
         size = next((size for size in BATCH_SIZES if size >= count), count)
         tables = self._tables.of(sequences)
         width = max(LEAST_BLOCKS, 1 << (tables.shape[1] - 1).bit_length())
         rows = np.zeros((size, _TABLE + width), dtype=np.int64)
         starts = np.fromiter((s.computed for s in sequences), np.int64, count)
-        rows[:count, _TOKEN] = np.fromiter((s.tokens[-1] for s in sequences), np.int64, count)
+        if ahead is None:
+            rows[:count, _TOKEN] = np.fromiter((s.tokens[-1] for s in sequences), np.int64, count)
+        else:
+            rows[:count, _SOURCE] = ahead[1]
         rows[:count, _POSITION] = starts
         blocks = tables[np.arange(count), starts // self._block_size]
         rows[:count, _SLOT] = blocks * self._block_size + starts % self._block_size
@@ -72,15 +83,19 @@ class DecodeGraphs:
         captured = self._captured.get((size, width))
         if captured is None:
             captured = self._captured[(size, width)] = self._capture(rows)
-        captured.staging.copy_(torch.from_numpy(rows))
-        captured.inputs.copy_(captured.staging, non_blocking=True)
+        staging = next(captured.staging)
+        staging.copy_(torch.from_numpy(rows))
+        captured.inputs.copy_(staging, non_blocking=True)
+        if ahead is not None:
+            # A row without a token (its logits were not finite) ends when the host sees it.
+            captured.inputs[:count, _TOKEN] = ahead[0][captured.inputs[:count, _SOURCE]].clamp_min(0)
         captured.graph.replay()
         return captured.logits[:count]
 
     def _capture(self, rows: npt.NDArray[np.int64]) -> _Captured:
         inputs = torch.from_numpy(rows).to(self._device)
-        staging = torch.from_numpy(rows).pin_memory()
-        stream = torch.cuda.Stream(self._device)
+        staging = cycle([torch.from_numpy(rows).pin_memory() for _ in range(2)])
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from truthgpt.errors import ConfigError
+from truthgpt.inference.chosen_tokens import ChosenTokens
 from truthgpt.inference.request import FinishReason, Piece, Sampling
 from truthgpt.inference.runner import Runner, Work
 from truthgpt.inference.sampling import NO_TOKEN, sample
@@ -83,6 +84,7 @@ class Engine:
         self._stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self._next_id = 0
         self._cancelling = False
+        self._chosen: ChosenTokens | None = None  # by the last pass, and not looked at yet
         self._waiting: deque[TokenSequence] = deque()
         self._running: list[TokenSequence] = []  # in the order they were admitted
 
@@ -127,14 +129,23 @@ class Engine:
 
     def step(self) -> list[Piece]:
         """Read prompts, and write one token of every answer that has begun; what came of it."""
-        pieces = self._drop_cancelled()
+        ahead = self._run_ahead()
+        pieces = self._collect(self._chosen)  # while the device works on what comes after
+        self._chosen = ahead
+        if ahead is not None:
+            return pieces
+        pieces += self._drop_cancelled()
         decoding = [s for s in self._running if s.pending == 1]
-        pieces += self._advance(self._prompts_in_budget())
-        pieces += self._advance(self._with_room(decoding))
+        pieces += self._collect(self._advance(self._prompts_in_budget()))
+        self._chosen = self._advance(self._with_room(decoding))
+        if not self._runner.runs_ahead:
+            pieces += self._collect(self._chosen)
+            self._chosen = None
         return pieces
 
     def abandon(self) -> None:
         """Forget all requests, for example after an error in a step."""
+        self._chosen = None
         for sequence in list(self._running):
             self._dismiss(sequence)
         self._waiting.clear()
@@ -232,21 +243,47 @@ class Engine:
         self._runner.release(sequence)
         sequence.running = False
 
-    def _advance(self, work: list[tuple[TokenSequence, int]]) -> list[Piece]:
+    def _run_ahead(self) -> ChosenTokens | None:
+        """Start the pass behind tokens that the host has not seen yet; None: something has to be decided before.
+
+        A sequence that turns out to have ended has run one token too many, which nobody reads.
+        """
+        before = self._chosen
+        if before is None or self._cancelling or sum(s.running for s in before.sequences) < len(self._running):
+            return None
+        goes_on = [(row, s) for row, s in enumerate(before.sequences) if s.running and s.written + 1 < s.limit]
+        if not goes_on or (self._waiting and len(goes_on) < self._limits.sequences):
+            return None
+        rows, sequences = [row for row, _ in goes_on], [s for _, s in goes_on]
+        if any(s.sampling.repetition_penalty != 1 for s in sequences):
+            return None
+        if not all(self._reserved(s, 1) for s in sequences):
+            return None
+        logits = self._runner.run_ahead(sequences, before.tokens, rows)
+        tokens = sample(
+            logits, [s.sampling for s in sequences], [s.written + 1 for s in sequences], [s.tokens for s in sequences]
+        )
+        return ChosenTokens(sequences, tokens)
+
+    def _advance(self, work: list[tuple[TokenSequence, int]]) -> ChosenTokens | None:
         """Run `work`, and choose a token for every sequence of which nothing is left to run."""
         if not work:
-            return []
+            return None
         logits = self._runner.run(work)
         rows = [row for row, (sequence, _) in enumerate(work) if sequence.pending == 0]
         if not rows:
-            return []
+            return None
         chosen = [work[row][0] for row in rows]
         if len(rows) < len(work):
             logits = logits[torch.tensor(rows, device=logits.device)]
-        tokens = sample(
-            logits, [s.sampling for s in chosen], [s.written for s in chosen], [s.tokens for s in chosen]
-        ).tolist()
-        return [self._write(sequence, token) for sequence, token in zip(chosen, tokens, strict=True)]
+        tokens = sample(logits, [s.sampling for s in chosen], [s.written for s in chosen], [s.tokens for s in chosen])
+        return ChosenTokens(chosen, tokens)
+
+    def _collect(self, chosen: ChosenTokens | None) -> list[Piece]:
+        if chosen is None:
+            return []
+        pairs = zip(chosen.sequences, chosen.wait(), strict=True)
+        return [self._write(sequence, token) for sequence, token in pairs if sequence.running]
 
     def _write(self, sequence: TokenSequence, token: int) -> Piece:
         if token == NO_TOKEN:

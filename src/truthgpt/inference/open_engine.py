@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from truthgpt.attention.install import transformers_attention_in
 from truthgpt.errors import ConfigError
 from truthgpt.inference.engine import Engine, EngineLimits
+from truthgpt.inference.joined_linear import joined_linears
 from truthgpt.inference.paged_runner import PagedRunner, attention_layers, paged_model, paged_obstacle
 from truthgpt.inference.runner import OneByOneRunner, Runner
 from truthgpt.kv_cache.base import KVCachePolicy, LayerShape
@@ -85,6 +86,8 @@ def _paged(
     count = _blocks(model.device, shapes, size, dtype, cache_bytes, lengths)
     cache = policy.allocate(shapes, count, dtype, model.device)
     stack.enter_context(paged_model(model, layers, cache))
+    if compiled:
+        stack.enter_context(joined_linears(model))
     return PagedRunner(model, cache, compiled)
 
 

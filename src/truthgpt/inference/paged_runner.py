@@ -80,6 +80,7 @@ class PagedRunner:
 
     def release(self, sequence: TokenSequence) -> None:
         """See `Runner`."""
+        sequence.computed = min(sequence.computed, len(sequence.tokens))  # one may have run ahead
         self._commit(sequence)
         self._cache.pool.release(sequence.kept)
         sequence.kept, sequence.computed = None, 0
@@ -88,7 +89,7 @@ class PagedRunner:
     def run(self, work: Work) -> torch.Tensor:
         """See `Runner`."""
         if self._graphs is not None and all(count == 1 for _, count in work):
-            return self._run_graph([sequence for sequence, _ in work])
+            return self._run_graph(self._graphs, [sequence for sequence, _ in work])
         new = [sequence.tokens[sequence.computed : sequence.computed + count] for sequence, count in work]
         starts = [sequence.computed for sequence, _ in work]
         logits = self.forward(new, starts, [tuple(sequence.kept.blocks) for sequence, _ in work])
@@ -103,9 +104,24 @@ class PagedRunner:
         if table.length < sequence.computed:
             self._cache.pool.commit(table, sequence.tokens[table.length : sequence.computed])
 
-    def _run_graph(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+    @property
+    def runs_ahead(self) -> bool:
+        """See `Runner`."""
+        return self._graphs is not None
+
+    @torch.no_grad()
+    def run_ahead(self, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """See `Runner`."""
         assert self._graphs is not None
-        logits = self._graphs.logits(sequences)
+        return self._run_graph(self._graphs, sequences, (tokens, rows))
+
+    def _run_graph(
+        self,
+        graphs: DecodeGraphs,
+        sequences: Sequence[TokenSequence],
+        ahead: tuple[torch.Tensor, Sequence[int]] | None = None,
+    ) -> torch.Tensor:
+        logits = graphs.logits(sequences, ahead)
         for sequence in sequences:
             sequence.computed += 1
         return logits

@@ -21,6 +21,11 @@ _CACHES = ("past_key_values", "cache_params")
 class Runner(Protocol):
     """Runs tokens through a model and keeps what later ones need."""
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `run_ahead` can be used: the device works on its own while the host does something else."""
+        ...
+
     def start(self, sequence: TokenSequence) -> None:
         """Begin to keep `sequence`; `computed` says how much of it is kept already."""
         ...
@@ -31,6 +36,10 @@ class Runner(Protocol):
 
     def run(self, work: Work) -> torch.Tensor:
         """Logits `(B, V)` behind the last token that each sequence runs; `computed` grows."""
+        ...
+
+    def run_ahead(self, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """`run` for one token each, which is on the device only: that of sequence i is `tokens[rows[i]]`."""
         ...
 
     def release(self, sequence: TokenSequence) -> None:
@@ -65,6 +74,7 @@ class OneByOneRunner:
     it where a model's attention does not go through transformers' interface.
     """
 
+    runs_ahead = False
     positions = 0
     used_positions = 0
     shared_tokens = 0
@@ -98,6 +108,10 @@ class OneByOneRunner:
             sequence.computed = end
             rows.append(output.logits[0, -1])
         return torch.stack(rows)
+
+    def run_ahead(self, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """See `Runner`: never."""
+        raise NotImplementedError
 
     def release(self, sequence: TokenSequence) -> None:
         """See `Runner`."""

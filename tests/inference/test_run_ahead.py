@@ -1,0 +1,102 @@
+"""Passes that start before the host has seen the last tokens give the answers of passes that wait for them.
+
+What only a GPU does is done on the CPU here: the tokens come as a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tests.inference.small_models import EOS, TOKENIZER, small_model
+from tests.inference.test_engine import collect, opened, pieces
+from transformers import PreTrainedModel
+
+from truthgpt.inference.engine import Engine, EngineLimits
+from truthgpt.inference.paged_runner import PagedRunner
+from truthgpt.inference.request import Sampling
+from truthgpt.inference.token_sequence import TokenSequence
+
+torch.set_num_threads(1)
+
+PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("def f(", "a", "longer than the sliding window", "abc", "x = 1")]
+SETTINGS = [Sampling(max_new_tokens=3 + 5 * i, temperature=t, seed=i) for i, t in enumerate((0.0, 1.0, 0.7, 0.0, 1.3))]
+
+
+@contextmanager
+def ahead(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, **changes: Any
+) -> Iterator[tuple[Engine, list[int]]]:
+    """An engine whose runner runs ahead, and how many sequences each pass of that kind had."""
+    passes: list[int] = []
+
+    def run_ahead(
+        self: PagedRunner, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]
+    ) -> torch.Tensor:
+        assert all(s.pending == 0 for s in sequences), "its last token is not known yet"
+        passes.append(len(sequences))
+        new = [[max(0, int(tokens[row]))] for row in rows]
+        with torch.no_grad():
+            logits = self.forward(new, [s.computed for s in sequences], [tuple(s.kept.blocks) for s in sequences])
+        for sequence in sequences:
+            sequence.computed += 1
+        return logits
+
+    monkeypatch.setattr(PagedRunner, "runs_ahead", True)
+    monkeypatch.setattr(PagedRunner, "run_ahead", run_ahead)
+    with opened(model, **changes) as engine:
+        yield engine, passes
+
+
+def written(engine: Engine, settings: Sequence[Sampling] = SETTINGS) -> list[list[int]]:
+    ids = [engine.submit(prompt, sampling) for prompt, sampling in zip(PROMPTS, settings, strict=True)]
+    return list(collect(engine, ids).values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"lengths": [40, 30]}, {"limits": EngineLimits(sequences=2, prompt_tokens=7)}])
+def test_answers_are_those_of_an_engine_that_waits(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    """With room for all; with so little that requests are put off; and with others that wait for their turn."""
+    model = small_model("llama")
+    with opened(model, **changes) as engine:
+        expected = written(engine)
+    with ahead(monkeypatch, model, **changes) as (engine, passes):
+        assert written(engine) == expected
+        assert sum(passes) > 20 and engine.load().cache_used_tokens == 0
+
+
+def test_an_end_of_text_that_nobody_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("llama")
+    with opened(model) as engine:
+        free = written(engine)
+    stops = {tokens[len(tokens) // 2] for tokens in free} | {EOS}
+    expected = [tokens[: next((i + 1 for i, t in enumerate(tokens) if t in stops), len(tokens))] for tokens in free]
+    with ahead(monkeypatch, model) as (engine, _):
+        engine._stop_ids = frozenset(stops)
+        assert written(engine) == expected
+        assert engine.load().cache_used_tokens == 0
+
+
+def test_a_request_is_cancelled_and_another_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("llama")
+    greedy = Sampling(max_new_tokens=15, temperature=0.0)
+    with opened(model) as engine:
+        expected = [next(iter(collect(engine, [engine.submit(p, greedy)]).values())) for p in PROMPTS]
+    with ahead(monkeypatch, model) as (engine, _):
+        ids = [engine.submit(prompt, greedy) for prompt in PROMPTS[:3]]
+        found: dict[int, list[int]] = {i: [] for i in ids}
+        for _ in range(6):
+            for piece in engine.step():
+                found[piece.request_id] += piece.token_ids
+        engine.cancel(ids[1])
+        ids += [engine.submit(prompt, greedy) for prompt in PROMPTS[3:]]
+        found |= {i: [] for i in ids[3:]}
+        ends = {}
+        for piece in pieces(engine):
+            found[piece.request_id] += piece.token_ids
+            ends[piece.request_id] = piece.finish or ends.get(piece.request_id)
+        assert ends[ids[1]] == "cancelled" and found[ids[1]] == expected[1][: len(found[ids[1]])]
+        assert [found[i] for i in ids[:1] + ids[2:]] == expected[:1] + expected[2:]
+        assert engine.load().cache_used_tokens == 0
