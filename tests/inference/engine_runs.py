@@ -17,6 +17,7 @@ from truthgpt.inference.engine import Engine
 from truthgpt.inference.open_engine import open_engine
 from truthgpt.inference.paged_runner import PagedRunner
 from truthgpt.inference.request import FinishReason, Piece, Sampling
+from truthgpt.inference.token_sequence import TokenSequence
 from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.runtime.fallbacks import Fallbacks
 
@@ -102,4 +103,25 @@ def counted_tokens(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]
         return run(self, work)
 
     monkeypatch.setattr(PagedRunner, "run", noted)
+    return passes
+
+
+def running_ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Passes start before the host has seen the last tokens, as on a GPU; grows by the sequences of each such pass."""
+    passes: list[int] = []
+
+    def run_ahead(
+        self: PagedRunner, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]
+    ) -> torch.Tensor:
+        assert all(s.pending == 0 for s in sequences), "its last token is not known yet"
+        passes.append(len(sequences))
+        new = [[max(0, int(tokens[row]))] for row in rows]
+        with torch.no_grad():
+            logits = self.forward(new, [s.computed for s in sequences], [tuple(s.kept.blocks) for s in sequences])
+        for sequence in sequences:
+            sequence.computed += 1
+        return logits
+
+    monkeypatch.setattr(PagedRunner, "runs_ahead", True)
+    monkeypatch.setattr(PagedRunner, "run_ahead", run_ahead)
     return passes
