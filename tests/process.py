@@ -27,7 +27,8 @@ PRELOAD = [
     *("truthgpt.attention.sdpa", "truthgpt.build_trainer", "truthgpt.callbacks.print_logger", "truthgpt.cli.app"),
     *("truthgpt.callbacks.progress_bar", "truthgpt.data.hf_source", "truthgpt.data.image_collate"),
     *("truthgpt.data.image_folder", "truthgpt.data.jsonl_source", "truthgpt.data.webdataset_source"),
-    *("truthgpt.inspect_data", "truthgpt.kv_cache.none", "truthgpt.load_model", "truthgpt.memory.static"),
+    *("truthgpt.inspect_data", "truthgpt.kv_cache.none", "truthgpt.kv_cache.paged", "truthgpt.memory.static"),
+    *("truthgpt.load_model", "truthgpt.serve_model"),
     *("truthgpt.metrics.accuracy", "truthgpt.metrics.perplexity", "truthgpt.optim.schedules"),
     *("truthgpt.runtime.run_log", "truthgpt.validate_config"),
 ]

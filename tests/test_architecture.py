@@ -24,7 +24,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
             *("validate_config", "config_rules", "json_schema", "task", "load_model", "export_model"),
-            *("benchmark_train", "inspect_data", "plan_run"),
+            *("benchmark_train", "inspect_data", "plan_run", "serve_model"),
             *("build", "build_attention", "build_data", "build_images", "build_memory", "build_sources", "build_text"),
             "build_trainer",
         ),

@@ -23,6 +23,7 @@ from truthgpt.factories.attention import ATTENTION_BACKENDS
 from truthgpt.factories.callbacks import CALLBACKS
 from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.factories.registry import Availability, Options, Registry
+from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.load_model import LoadedModel
 from truthgpt.trainers.trainer import GenericTrainer
 from truthgpt.validate_config import load_config
@@ -80,7 +81,8 @@ def test_components_are_what_the_config_says(tmp_path: Path) -> None:
     assert components.model.config.model_type == "gpt2" and components.model.config.vocab_size == 257
     assert [metric.name for metric in components.metrics] == ["loss", "ppl"]
     assert components.fallbacks.to_json() == []
-    assert not components.kv_cache.use_cache
+    assert not components.kv_cache.keeps
+    assert build(tmp_path, "model.kv_cache={type: paged, block_size: 8}").kv_cache == PagedKVCache(8)
 
 
 def test_steps_come_from_epochs(tmp_path: Path) -> None:

@@ -32,9 +32,7 @@ from truthgpt.config.section import Component
 from truthgpt.data.base import Batch, LossAndLogits
 from truthgpt.errors import ConfigError, DataError, NonFiniteError
 from truthgpt.factories.attention import ATTENTION_BACKENDS
-from truthgpt.factories.kv_cache import KV_CACHES
 from truthgpt.factories.memory import MEMORY_POLICIES
-from truthgpt.kv_cache.none import NoKVCache
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.models.adapted_linear import AdaptedLinear
 from truthgpt.models.causal_lm import causal_lm_loss
@@ -339,8 +337,10 @@ TABLE: dict[str, Shows | Refused] = {
     "model.attention.verify": Shows(
         "model.attention.verify=false", passed_to(truthgpt.build_attention, "dense_error"), ("data.packing=false",)
     ),
-    "model.kv_cache.type": Shows("model.kv_cache.type=other", built(lambda c: c.kv_cache)),
-    "model.kv_cache.block_size": Refused("model.kv_cache.block_size=64", "is not read by kv_cache.type: none"),
+    "model.kv_cache.type": Shows("model.kv_cache.type=paged", built(lambda c: c.kv_cache)),
+    "model.kv_cache.block_size": Shows(
+        "model.kv_cache.block_size=64", built(lambda c: c.kv_cache), ("model.kv_cache.type=paged",)
+    ),
     "model.memory.policy": Shows("model.memory.policy=other", plan),
     "model.lora.enabled": Shows(LORA[0], built(lambda c: [n for n, _ in c.model.named_parameters()])),
     "model.lora.method": Shows("model.lora.method=dora", adapters, LORA),
@@ -459,7 +459,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
     with ExitStack() as stack:
         stack.enter_context(registered(ATTENTION_BACKENDS, "other", lambda: reference_attention))
-        stack.enter_context(registered(KV_CACHES, "other", lambda: NoKVCache(use_cache=True)))
         stack.enter_context(registered(MEMORY_POLICIES, "other", doubled_plan))
         yield Lab(tmp_path_factory.mktemp("lab"))
 

@@ -215,7 +215,7 @@ def test_aliases_mean_keys_that_exist() -> None:
     ("override", "key", "kind"),
     [
         ("model.attention.backend=xformers", "model.attention.backend", "attention backend"),
-        ("model.kv_cache.type=paged", "model.kv_cache.type", "kv cache"),
+        ("model.kv_cache.type=pagd", "model.kv_cache.type", "kv cache"),
         ("model.memory.policy=adaptve", "model.memory.policy", "memory policy"),
         ("data.source=hub", "data.source", "data source"),
         ("data.source={type: webdatasets}", "data.source.type", "data source"),

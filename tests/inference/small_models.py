@@ -18,6 +18,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_hidden_layers": 2, **LAYERS},
     "gemma3_text": {"num_hidden_layers": 7, "sliding_window": 8, **LAYERS},
 }
+FURTHER: dict[str, dict[str, Any]] = {
+    "llama with one head of keys": {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        **LAYERS,
+        **{"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8},
+    },
+    "gemma2": {
+        "num_hidden_layers": 2,
+        "sliding_window": 8,
+        "attn_logit_softcapping": 1.0,
+        **LAYERS,
+        "num_key_value_heads": 1,
+    },
+    "mistral": {"num_hidden_layers": 2, "sliding_window": 8, **LAYERS},
+}
+"""Shapes that attention could get wrong: grouped queries, scores that are bent, a window in every layer."""
 
 
 def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -35,7 +52,7 @@ TOKENIZER = byte_tokenizer(eos_token="<eos>")
 def small_model(kind: str = "gpt2", seed: int = 0) -> PreTrainedModel:
     """A model whose choices are clear: random weights of this size would leave every logit near zero."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, vocab_size=EOS + 1, **CONFIGS[kind])
+    config = AutoConfig.for_model(**{"model_type": kind, "vocab_size": EOS + 1, **(CONFIGS | FURTHER)[kind]})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,95 +1,102 @@
-"""Generation: the tokens transformers would write, and nothing else changed by writing them."""
+"""Generation: the tokens transformers would write, with every cache, and nothing else changed by writing them."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from tests.inference.small_models import (
+    CONFIGS,
+    EOS,
+    POSITIONS,
+    TOKENIZER,
+    byte_tokenizer,
+    greedy_by_hand,
+    small_model,
+)
+from tests.plugins.reference_attention import reference_attention
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from truthgpt.attention.install import install_attention
 from truthgpt.errors import ConfigError
-from truthgpt.inference.generate import Generation, GenerationSettings, encode_prompt, generate_texts
+from truthgpt.inference.engine import Engine
+from truthgpt.inference.generate import Generation, encode_prompt, generate_texts
+from truthgpt.inference.open_engine import open_engine
+from truthgpt.inference.request import Sampling
+from truthgpt.kv_cache.base import KVCachePolicy
+from truthgpt.kv_cache.none import NoKVCache
+from truthgpt.kv_cache.paged import PagedKVCache
+from truthgpt.runtime.fallbacks import Fallbacks
 
 torch.set_num_threads(1)
 
-EOS = 256
-POSITIONS = 48
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-LAYERS = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": POSITIONS, **HEADS}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": POSITIONS},
-    "llama": {"num_hidden_layers": 2, **LAYERS},
-    "qwen3": {"num_hidden_layers": 2, **LAYERS},
-    "gemma3_text": {"num_hidden_layers": 7, "sliding_window": 8, **LAYERS},
-}
+
+@dataclass(frozen=True)
+class TransformersOwn:
+    """What stands in for the paged cache where a model cannot use it."""
+
+    keeps: bool = True
 
 
-def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token a byte, and `<eos>`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({**{c: i for i, c in enumerate(alphabet)}, "<eos>": EOS}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+CACHES: dict[str, KVCachePolicy] = {"paged": PagedKVCache(4), "own": TransformersOwn(), "none": NoKVCache()}
+every_cache = pytest.mark.parametrize("cache", CACHES)
 
 
-TOKENIZER = byte_tokenizer(eos_token="<eos>")
+@contextmanager
+def opened(model: PreTrainedModel, cache: str = "paged", tokenizer: Any = TOKENIZER) -> Iterator[Engine]:
+    fallbacks = Fallbacks(strict=True)
+    with open_engine(model, tokenizer, CACHES[cache], fallbacks, cache_bytes=2**20) as engine:
+        yield engine
+        if not engine.has_work:
+            assert engine.load().cache_used_tokens == 0
 
 
-def small_model(kind: str = "gpt2", seed: int = 0) -> PreTrainedModel:
-    """A model whose choices are clear: random weights of this size would leave every logit near zero."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, vocab_size=EOS + 1, **CONFIGS[kind])
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.3)
-    return model
+def sampling(**changes: Any) -> Sampling:
+    return Sampling(**{"max_new_tokens": 12, "temperature": 0.0, "seed": 3, **changes})
 
 
-def write(model: PreTrainedModel, prompts: list[str], **changes: Any) -> list[Generation]:
-    values = {"max_new_tokens": 12, "temperature": 0.0, "seed": 3, **changes}
-    return list(generate_texts(model, TOKENIZER, prompts, GenerationSettings(**values)))
-
-
-def greedy_by_hand(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
-    """Argmax of a full forward, one token at a time."""
-    model.eval()
-    for _ in range(count):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]), use_cache=False).logits
-        ids = [*ids, int(logits[0, -1].argmax())]
-        if ids[-1] == EOS:
-            break
-    return ids
+def write(model: PreTrainedModel, prompts: list[str], cache: str = "paged", **changes: Any) -> list[Generation]:
+    with opened(model, cache) as engine:
+        return list(generate_texts(engine, TOKENIZER, prompts, sampling(**changes)))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_greedy_is_the_argmax_with_and_without_cache(kind: str) -> None:
+@every_cache
+def test_greedy_is_the_argmax_with_and_without_cache(cache: str, kind: str) -> None:
     model = small_model(kind)
-    for prompt in ["def f(", "a", "longer than the sliding window"]:
-        ids = TOKENIZER(prompt)["input_ids"]
+    prompts = ["def f(", "a", "longer than the sliding window"]
+    results = write(model, prompts, cache)
+    assert [result.prompt for result in results] == prompts
+    for result in results:
+        ids = TOKENIZER(result.prompt)["input_ids"]
         expected = greedy_by_hand(model, ids, 12)[len(ids) :]
-        for use_cache in (True, False):
-            (written,) = write(model, [prompt], use_cache=use_cache)
-            assert written.token_ids == expected
-            assert written.prompt == prompt
-            assert written.text == TOKENIZER.decode(expected, skip_special_tokens=True)
+        assert result.token_ids == expected
+        assert result.text == TOKENIZER.decode(expected, skip_special_tokens=True)
+        assert result.finish == ("stop" if expected[-1] == EOS else "length")
+        assert write(model, [result.prompt], cache) == [result], "alone"
 
 
-def test_a_prompt_is_sampled_alike_whatever_else_is_in_the_list() -> None:
+@every_cache
+def test_a_prompt_is_sampled_alike_whatever_else_is_in_the_list(cache: str) -> None:
     model = small_model()
-    alone = write(model, ["one"], temperature=1.0)[0].token_ids
-    among = write(model, ["zero", "one", "two", "one"], temperature=1.0)
+    alone = write(model, ["one"], cache, temperature=1.0)[0].token_ids
+    among = write(model, ["zero", "one", "two", "one"], cache, temperature=1.0)
     assert among[1].token_ids == alone
     assert among[3].token_ids != alone  # asked twice: two samples
-    assert write(model, ["one"], temperature=1.0, seed=4)[0].token_ids != alone
+    assert write(model, ["one"], cache, temperature=1.0, seed=4)[0].token_ids != alone
+
+
+def test_every_cache_samples_the_same_text() -> None:
+    model = small_model()
+    first, *others = (write(model, ["one", "two"], cache, temperature=1.0) for cache in CACHES)
+    assert others == [first, first]
 
 
 def test_sampling_is_from_the_tempered_softmax_of_the_whole_vocabulary() -> None:
@@ -101,43 +108,66 @@ def test_sampling_is_from_the_tempered_softmax_of_the_whole_vocabulary() -> None
     assert cold == write(model, ["x"])[0].token_ids
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nothing_of_the_caller_is_changed(temperature: float) -> None:
+def state_of(model: PreTrainedModel) -> dict[str, Any]:
+    """All of a model that generating could change, and the random state."""
+    return {
+        "modes": [module.training for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "attention": model.config._attn_implementation,
+        "use_cache": model.config.use_cache,
+        "generation config": (id(model.generation_config), model.generation_config.to_dict()),
+        "weights": {name: value.tolist() for name, value in model.state_dict().items()},
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+def trained_with(attention: str) -> PreTrainedModel:
+    """A model as it stands in training, some of it frozen and in evaluation mode."""
     model = small_model()
+    if attention == "own":
+        model.set_attn_implementation(install_attention("own", reference_attention))
     model.train()
+    model.config.use_cache = False
     model.transformer.h[1].eval()
-    own = model.generation_config
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(11)
-    before = torch.get_rng_state()
-    settings = GenerationSettings(max_new_tokens=4, temperature=temperature, seed=1)
-    for _ in generate_texts(model, TOKENIZER, ["a", "b"], settings):  # between two results, too
-        assert torch.equal(torch.get_rng_state(), before)
-        assert model.training and model.transformer.h[0].training and not model.transformer.h[1].training
-        assert model.generation_config is own
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    return model
 
 
-def test_dropout_is_off() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("attention", ["sdpa", "own"])
+@every_cache
+def test_nothing_of_the_caller_is_changed(cache: str, attention: str, temperature: float) -> None:
+    model = trained_with(attention)
+    before = state_of(model)
+    with opened(model, cache) as engine:
+        for _ in generate_texts(engine, TOKENIZER, ["a", "b"], sampling(max_new_tokens=4, temperature=temperature)):
+            within = state_of(model)  # between two results, too
+            assert all(within[part] == before[part] for part in ("generation config", "weights", "random"))
+            assert not any(within["modes"])
+    assert state_of(model) == before
+
+
+@every_cache
+def test_dropout_is_off(cache: str) -> None:
     model = small_model()
     model.train()
-    assert len({tuple(write(model, ["abc"])[0].token_ids) for _ in range(3)}) == 1
+    assert len({tuple(write(model, ["abc"], cache)[0].token_ids) for _ in range(3)}) == 1
 
 
-def test_the_random_state_is_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model()
-    model.train()
-    own, before = model.generation_config, torch.get_rng_state()
+@pytest.mark.parametrize("attention", ["sdpa", "own"])
+@every_cache
+def test_the_model_is_as_before_after_an_error(cache: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_with(attention)
+    before = state_of(model)
 
     def fail(*arguments: Any, **keywords: Any) -> None:
-        torch.rand(3)
         raise RuntimeError("no")
 
-    monkeypatch.setattr(model, "forward", fail)
-    with pytest.raises(RuntimeError, match="no"):
-        write(model, ["a"], temperature=1.0)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert model.training and model.generation_config is own
+    with pytest.raises(RuntimeError, match="no"), opened(model, cache) as engine:
+        monkeypatch.setattr(model.transformer, "forward", fail)
+        list(generate_texts(engine, TOKENIZER, ["a"], sampling(temperature=1.0)))
+    monkeypatch.undo()
+    assert state_of(model) == before
 
 
 def favouring(token: int) -> PreTrainedModel:
@@ -152,9 +182,10 @@ def favouring(token: int) -> PreTrainedModel:
     return model
 
 
-def test_stops_at_the_end_of_text() -> None:
-    (written,) = write(favouring(EOS), ["abc"])
-    assert (written.token_ids, written.text) == ([EOS], "")
+@every_cache
+def test_stops_at_the_end_of_text(cache: str) -> None:
+    (written,) = write(favouring(EOS), ["abc"], cache)
+    assert (written.token_ids, written.text, written.finish) == ([EOS], "", "stop")
 
 
 def test_an_architectures_default_end_token_is_an_ordinary_byte_here() -> None:
@@ -170,15 +201,16 @@ def test_an_end_token_that_came_with_the_weights_stops() -> None:
     assert write(model, ["abc"])[0].token_ids == [7]
 
 
-def test_the_models_own_generation_config_is_not_obeyed() -> None:
+@every_cache
+def test_the_models_own_generation_config_is_not_obeyed(cache: str) -> None:
     model = small_model()
-    expected = write(model, ["abc"])[0].token_ids
-    sampled = write(model, ["abc"], temperature=1.0)[0].token_ids
+    expected = write(model, ["abc"], cache)[0].token_ids
+    sampled = write(model, ["abc"], cache, temperature=1.0)[0].token_ids
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=1, repetition_penalty=5.0, max_length=2, suppress_tokens=expected, min_new_tokens=3
     )
-    assert write(model, ["abc"])[0].token_ids == expected
-    assert write(model, ["abc"], temperature=1.0)[0].token_ids == sampled
+    assert write(model, ["abc"], cache)[0].token_ids == expected
+    assert write(model, ["abc"], cache, temperature=1.0)[0].token_ids == sampled
 
 
 @pytest.fixture
@@ -199,11 +231,12 @@ def library_lines() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("prompt", ["abc", "", "x" * (POSITIONS + 5)])
-def test_no_warning_is_printed(prompt: str, temperature: float, library_lines: list[str]) -> None:
+@every_cache
+def test_no_warning_is_printed(cache: str, prompt: str, temperature: float, library_lines: list[str]) -> None:
     model = small_model("llama")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write(model, [prompt], temperature=temperature, max_new_tokens=60)
+        write(model, [prompt], cache, temperature=temperature, max_new_tokens=60)
     assert library_lines == []
 
 
@@ -214,16 +247,30 @@ def lengths_fed(model: PreTrainedModel) -> list[int]:
     return lengths
 
 
-def test_the_cache_is_used_exactly_when_asked_for() -> None:
+@pytest.mark.parametrize(
+    ("cache", "expected"), [("paged", [3, 1, 1, 1]), ("own", [3, 1, 1, 1]), ("none", [3, 4, 5, 6])]
+)
+@pytest.mark.parametrize("configured", [True, False])  # training sets use_cache: false
+def test_the_cache_is_used_exactly_when_asked_for(cache: str, expected: list[int], configured: bool) -> None:
     model = small_model("llama")
-    model.config.use_cache = False  # as training sets it
-    fed = lengths_fed(model)
-    write(model, ["abc"], max_new_tokens=4)
-    assert fed == [3, 1, 1, 1]
-    fed.clear()
-    model.config.use_cache = True
-    write(model, ["abc"], max_new_tokens=4, use_cache=False)
-    assert fed == [3, 4, 5, 6]
+    model.config.use_cache = configured
+    with opened(model, cache) as engine:
+        fed = lengths_fed(model)
+        list(generate_texts(engine, TOKENIZER, ["abc"], sampling(max_new_tokens=4)))
+    assert fed == expected
+
+
+def positions_seen(model: PreTrainedModel) -> list[int]:
+    """Grows by the last position of every forward pass."""
+    seen: list[int] = []
+
+    def note(_: torch.nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        positions = [value for value in (*inputs, *keywords.values()) if value.dtype == torch.long]
+        seen.append(int(positions[0].max()))
+
+    positions = model.transformer.wpe if hasattr(model, "transformer") else model.model.rotary_emb
+    positions.register_forward_pre_hook(note, with_kwargs=True)
+    return seen
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -231,18 +278,21 @@ def test_the_cache_is_used_exactly_when_asked_for() -> None:
     ("prompt_tokens", "asked", "written"),
     [(40, 9, 9), (40, 10, 9), (POSITIONS, 5, 1), (POSITIONS + 1, 5, 5), (100, 100, POSITIONS // 2 + 1), (1, 99, 48)],
 )
+@every_cache
 def test_never_more_positions_than_the_model_has(
-    kind: str, prompt_tokens: int, asked: int, written: int, caplog: pytest.LogCaptureFixture
+    cache: str, kind: str, prompt_tokens: int, asked: int, written: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = small_model(kind)
-    fed = lengths_fed(model)
+    seen = positions_seen(model)
     prompt = "".join(chr(97 + n % 26) for n in range(prompt_tokens))
     with caplog.at_level(logging.INFO, logger="truthgpt"):
-        (result,) = write(model, [prompt], max_new_tokens=asked, use_cache=False)
-    assert max(fed) <= POSITIONS
+        (result,) = write(model, [prompt], cache, max_new_tokens=asked)
+    assert max(seen) < POSITIONS
     assert len(result.token_ids) == written or result.token_ids[-1] == EOS
+    assert result.finish == ("stop" if result.token_ids[-1] == EOS else "length")
     fits = prompt_tokens + asked - 1 <= POSITIONS
     assert len(caplog.records) == (0 if fits else 1)
+    assert fits or f"writing at most {written} of {asked} new ones" in caplog.text
 
 
 def test_a_long_prompt_keeps_its_end() -> None:
@@ -281,16 +331,17 @@ def test_the_space_after_the_prompt_is_kept() -> None:
     backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    settings = GenerationSettings(max_new_tokens=2, temperature=0.0, seed=0)
-    (written,) = generate_texts(favouring(2), tokenizer, ["one"], settings)
+    with opened(favouring(2), tokenizer=tokenizer) as engine:
+        (written,) = generate_texts(engine, tokenizer, ["one"], sampling(max_new_tokens=2))
     assert written.token_ids == [2, 2]
     assert written.text == " two two"
     assert tokenizer.decode([2, 2]) == "two two"
 
 
-def test_a_compiled_model_is_not_recompiled_for_decoding() -> None:
+@every_cache
+def test_a_compiled_model_is_not_recompiled_for_decoding(cache: str) -> None:
     model = small_model("llama")
-    expected = write(model, ["abc"])[0].token_ids
+    expected = write(model, ["abc"], cache)[0].token_ids
     compiled: list[int] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -299,7 +350,7 @@ def test_a_compiled_model_is_not_recompiled_for_decoding() -> None:
 
     for layer in model.model.layers:
         layer.compile(backend=backend)
-    assert write(model, ["abc"])[0].token_ids == expected
+    assert write(model, ["abc"], cache)[0].token_ids == expected
     assert compiled == []
     model(torch.zeros(1, 8, dtype=torch.long))
     assert compiled  # training still is compiled
@@ -312,11 +363,16 @@ def test_a_compiled_model_is_not_recompiled_for_decoding() -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"stop": ("",)}, "stop"),
     ],
 )
-def test_values_out_of_range_are_refused(values: dict[str, float], key: str) -> None:
+def test_values_out_of_range_are_refused(values: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
-        GenerationSettings(**{"max_new_tokens": 1, "temperature": 0.0, "seed": 0, **values})  # type: ignore[arg-type]
+        sampling(**values)
 
 
 def test_another_models_tokenizer_is_refused() -> None:

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.inference.engine_runs import Answer, answers, finished, opened, running_ahead
 from tests.inference.small_models import EOS, TOKENIZER, small_model
-from tests.inference.test_engine import collect, opened, pieces
 from transformers import PreTrainedModel
 
 from truthgpt.inference.engine import Engine, EngineLimits
-from truthgpt.inference.paged_runner import PagedRunner
 from truthgpt.inference.request import Sampling
-from truthgpt.inference.token_sequence import TokenSequence
 
 torch.set_num_threads(1)
 
@@ -31,32 +29,17 @@ def ahead(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, **changes: Any
 ) -> Iterator[tuple[Engine, list[int]]]:
     """An engine whose runner runs ahead, and how many sequences each pass of that kind had."""
-    passes: list[int] = []
-
-    def run_ahead(
-        self: PagedRunner, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]
-    ) -> torch.Tensor:
-        assert all(s.pending == 0 for s in sequences), "its last token is not known yet"
-        passes.append(len(sequences))
-        new = [[max(0, int(tokens[row]))] for row in rows]
-        with torch.no_grad():
-            logits = self.forward(new, [s.computed for s in sequences], [tuple(s.kept.blocks) for s in sequences])
-        for sequence in sequences:
-            sequence.computed += 1
-        return logits
-
-    monkeypatch.setattr(PagedRunner, "runs_ahead", True)
-    monkeypatch.setattr(PagedRunner, "run_ahead", run_ahead)
+    passes = running_ahead(monkeypatch)
     with opened(model, **changes) as engine:
         yield engine, passes
 
 
 def written(engine: Engine, settings: Sequence[Sampling] = SETTINGS) -> list[list[int]]:
     ids = [engine.submit(prompt, sampling) for prompt, sampling in zip(PROMPTS, settings, strict=True)]
-    return list(collect(engine, ids).values())
+    return [answer.tokens for answer in finished(engine, ids).values()]
 
 
-@pytest.mark.parametrize("changes", [{}, {"lengths": [40, 30]}, {"limits": EngineLimits(sequences=2, prompt_tokens=7)}])
+@pytest.mark.parametrize("changes", [{}, {"blocks": 18}, {"limits": EngineLimits(sequences=2, prompt_tokens=7)}])
 def test_answers_are_those_of_an_engine_that_waits(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     """With room for all; with so little that requests are put off; and with others that wait for their turn."""
     model = small_model("llama")
@@ -83,20 +66,19 @@ def test_a_request_is_cancelled_and_another_comes(monkeypatch: pytest.MonkeyPatc
     model = small_model("llama")
     greedy = Sampling(max_new_tokens=15, temperature=0.0)
     with opened(model) as engine:
-        expected = [next(iter(collect(engine, [engine.submit(p, greedy)]).values())) for p in PROMPTS]
+        expected = [answers(engine, [prompt], greedy)[0] for prompt in PROMPTS]
     with ahead(monkeypatch, model) as (engine, _):
         ids = [engine.submit(prompt, greedy) for prompt in PROMPTS[:3]]
-        found: dict[int, list[int]] = {i: [] for i in ids}
+        found = {request_id: Answer() for request_id in ids}
         for _ in range(6):
             for piece in engine.step():
-                found[piece.request_id] += piece.token_ids
+                found[piece.request_id].take(piece)
         engine.cancel(ids[1])
         ids += [engine.submit(prompt, greedy) for prompt in PROMPTS[3:]]
-        found |= {i: [] for i in ids[3:]}
-        ends = {}
-        for piece in pieces(engine):
-            found[piece.request_id] += piece.token_ids
-            ends[piece.request_id] = piece.finish or ends.get(piece.request_id)
-        assert ends[ids[1]] == "cancelled" and found[ids[1]] == expected[1][: len(found[ids[1]])]
-        assert [found[i] for i in ids[:1] + ids[2:]] == expected[:1] + expected[2:]
-        assert engine.load().cache_used_tokens == 0
+        found |= {request_id: Answer() for request_id in ids[3:]}
+        while engine.has_work:
+            for piece in engine.step():
+                found[piece.request_id].take(piece)
+        assert found[ids[1]].finish == "cancelled"
+        assert found[ids[1]].tokens == expected[1][: len(found[ids[1]].tokens)]
+        assert [found[i].tokens for i in ids[:1] + ids[2:]] == expected[:1] + expected[2:]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from truthgpt.errors import ConfigError
 from truthgpt.inference.chosen_tokens import ChosenTokens
 from truthgpt.inference.request import FinishReason, Piece, Sampling
-from truthgpt.inference.runner import Runner
+from truthgpt.inference.runner import Runner, Work
 from truthgpt.inference.sampling import NO_TOKEN, sample
 from truthgpt.inference.stop_tokens import stop_token_ids
 from truthgpt.inference.text_stream import TextStream
@@ -26,9 +26,6 @@ from truthgpt.inference.token_sequence import TokenSequence
 from truthgpt.kv_cache.blocks import OutOfBlocks
 
 logger = logging.getLogger(__name__)
-
-_BEGINNING = 16
-"""Tokens that two prompts have in common before one of them waits for the other's blocks."""
 
 
 @dataclass(frozen=True)
@@ -175,37 +172,50 @@ class Engine:
                 self._dismiss(sequence)
             else:
                 self._waiting.remove(sequence)
-        return [Piece(s.request_id, (), s.stream.finish(), "cancelled") for s in cancelled]
+        return [Piece(s.request_id, (), self._last_text(s), "cancelled") for s in cancelled]
 
     def _prompts_in_budget(self) -> list[tuple[TokenSequence, int]]:
         """The tokens of prompts that this step runs: those that have begun first, then new ones while there is room."""
         budget = self._limits.prompt_tokens
         work: list[tuple[TokenSequence, int]] = []
-        beginnings: set[tuple[int, ...]] = set()
+        later: list[TokenSequence] = []
         for sequence in [s for s in self._running if s.pending > 1]:
-            if budget > 0 and self._reserved(sequence, count := min(sequence.pending, budget)):
+            if budget > 0 and self._reserved(sequence, count := self._part(sequence, budget)):
                 work.append((sequence, count))
-                beginnings.add(_beginning(sequence))
                 budget -= count
-        while budget > 0 and self._waiting and len(self._running) < self._limits.sequences:
-            sequence = self._waiting[0]
-            if self._shared_soon(sequence, beginnings):
-                break  # the next step finds what this one computes
+        while budget > 0 and self._waiting and len(self._running) + len(later) < self._limits.sequences:
+            sequence = self._waiting.popleft()
             self._runner.start(sequence)
-            count = min(sequence.pending, budget)
+            if self._shares_soon(sequence, work):
+                self._runner.release(sequence)
+                later.append(sequence)
+                continue
+            count = self._part(sequence, budget)
             if not self._reserved(sequence, count):
                 self._runner.release(sequence)
+                self._waiting.appendleft(sequence)
                 break
-            self._running.append(self._waiting.popleft())
+            self._running.append(sequence)
             sequence.running = True
             work.append((sequence, count))
-            beginnings.add(_beginning(sequence))
             budget -= count
+        self._waiting.extendleft(reversed(later))
         return work
 
-    def _shared_soon(self, sequence: TokenSequence, beginnings: set[tuple[int, ...]]) -> bool:
-        """Whether a prompt that is run in this step begins as `sequence` does, for a block at least."""
-        return self._runner.positions > 0 and len(sequence.tokens) > _BEGINNING and _beginning(sequence) in beginnings
+    def _part(self, sequence: TokenSequence, budget: int) -> int:
+        return sequence.pending if self._runner.whole_prompts else min(sequence.pending, budget)
+
+    def _shares_soon(self, sequence: TokenSequence, work: Work) -> bool:
+        """Whether `work` computes the next block of `sequence`, which then finds it in the next step."""
+        begin = sequence.computed
+        end = begin + self._runner.shared_tokens
+        if begin == end or end >= len(sequence.tokens):  # the last token is computed in any case
+            return False
+        block, past = sequence.tokens[begin:end], sequence.tokens[:begin]
+        return any(
+            other.computed + count >= end and other.tokens[begin:end] == block and other.tokens[:begin] == past
+            for other, count in work
+        )
 
     def _reserved(self, sequence: TokenSequence, count: int) -> bool:
         try:
@@ -279,25 +289,26 @@ class Engine:
         if token == NO_TOKEN:
             logger.error("request %d: the model's logits are not finite; its answer ends", sequence.request_id)
             self._dismiss(sequence)
-            return Piece(sequence.request_id, (), sequence.stream.finish(), "error")
+            return Piece(sequence.request_id, (), self._last_text(sequence), "error")
         sequence.tokens.append(token)
-        streaming = self._streaming or sequence.sampling.stop  # a stop text has to be seen when it is there
-        text = sequence.stream.push([token]) if streaming else ""
+        text = sequence.stream.push([token]) if self._streams(sequence) else ""
         finish: FinishReason | None = sequence.finish_reason(self._stop_ids)
         if finish is not None:
-            if not streaming:
-                text = sequence.stream.push(sequence.tokens[sequence.prompt_tokens :])
-            text += sequence.stream.finish()
+            text += self._last_text(sequence)
             self._dismiss(sequence)
         return Piece(sequence.request_id, (token,), text, finish)
+
+    def _streams(self, sequence: TokenSequence) -> bool:
+        """Whether its text is made token by token: a stop text has to be seen when it is there."""
+        return self._streaming or bool(sequence.sampling.stop)
+
+    def _last_text(self, sequence: TokenSequence) -> str:
+        """What has not been given out of an answer that ends."""
+        text = "" if self._streams(sequence) else sequence.stream.push(sequence.tokens[sequence.prompt_tokens :])
+        return text + sequence.stream.finish()
 
 
 def context_tokens(model: PreTrainedModel) -> int | None:
     """Positions the model has; None where its configuration sets no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit)
-
-
-def _beginning(sequence: TokenSequence) -> tuple[int, ...]:
-    """Two sequences that share it can share blocks."""
-    return tuple(sequence.tokens[:_BEGINNING])

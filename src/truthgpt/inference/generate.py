@@ -101,12 +101,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def fit_context(prompt_ids: list[int], max_new_tokens: int, context: int | None) -> list[int]:
     """The prompt that fits: n prompt and m new tokens take n + m - 1 positions of the `context` (None: no limit).
 
-    One longer than the context keeps its end, at least half a context of it, and one line says so. The engine limits
-    the new tokens to what is left.
+    One longer than the context keeps its end, at least half a context of it. The engine limits the new tokens to what
+    is left; one line says what is cut off of either.
     """
-    if context is None or len(prompt_ids) <= context:
+    if context is None or len(prompt_ids) + max_new_tokens - 1 <= context:
         return prompt_ids
-    kept = prompt_ids[-max(context // 2, context + 1 - max_new_tokens, 1) :]
+    kept = prompt_ids
+    if len(prompt_ids) > context:
+        kept = prompt_ids[-max(context // 2, context + 1 - max_new_tokens, 1) :]
     logger.info(
         "the model has %d positions: using %d of %d prompt tokens and writing at most %d of %d new ones",
         *(context, len(kept), len(prompt_ids), min(max_new_tokens, context + 1 - len(kept)), max_new_tokens),

@@ -55,6 +55,16 @@ class PagedRunner:
         """See `Runner`."""
         return self._cache.pool.held_positions
 
+    @property
+    def whole_prompts(self) -> bool:
+        """See `Runner`: attention needs no more than what is kept."""
+        return False
+
+    @property
+    def shared_tokens(self) -> int:
+        """See `Runner`."""
+        return self._cache.pool.block_size
+
     def start(self, sequence: TokenSequence) -> None:
         """See `Runner`: what another sequence with the same beginning has computed is shared."""
         sequence.kept = self._cache.pool.begin(sequence.tokens)

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from truthgpt.inference.token_sequence import TokenSequence
 
 Work = Sequence[tuple[TokenSequence, int]]
 """Sequences, and how many of its next tokens each runs through the model."""
+
+_CACHES = ("past_key_values", "cache_params")
+"""What transformers' models call a cache: keys and values, or the state of a recurrence."""
 
 
 class Runner(Protocol):
@@ -53,6 +56,16 @@ class Runner(Protocol):
         """Positions of the cache that sequences hold."""
         ...
 
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether a prompt must be run in one pass."""
+        ...
+
+    @property
+    def shared_tokens(self) -> int:
+        """Sequences that begin alike share what is kept of them in pieces of so many tokens; 0: they do not."""
+        ...
+
 
 class OneByOneRunner:
     """One sequence at a time, with transformers' own cache, or with none: each token runs all before it again.
@@ -64,16 +77,18 @@ class OneByOneRunner:
     runs_ahead = False
     positions = 0
     used_positions = 0
+    shared_tokens = 0
+    whole_prompts = True  # in parts, some recurrent models (Mamba) go on from a wrong state
 
     def __init__(self, model: PreTrainedModel, use_cache: bool) -> None:
         self._model = model
-        self._use_cache = use_cache
+        known = inspect.signature(model.forward).parameters
+        self._cache = next((name for name in _CACHES if name in known), None) if use_cache else None
         self._logits_to_keep = logits_to_keep(model)
 
     def start(self, sequence: TokenSequence) -> None:
         """See `Runner`."""
-        sequence.computed = 0
-        sequence.kept = DynamicCache(config=self._model.config) if self._use_cache else None
+        sequence.computed, sequence.kept = 0, None
 
     def reserve(self, sequence: TokenSequence, tokens: int) -> None:
         """See `Runner`: there is always room."""
@@ -84,11 +99,12 @@ class OneByOneRunner:
         rows = []
         for sequence, count in work:
             end = sequence.computed + count
-            begin = sequence.computed if self._use_cache else 0
+            begin = 0 if self._cache is None else sequence.computed
             ids = torch.tensor([sequence.tokens[begin:end]], device=self._model.device)
-            cache = {"past_key_values": sequence.kept} if self._use_cache else {}
-            output = self._model(input_ids=ids, use_cache=self._use_cache, **cache, **self._logits_to_keep(1))
-            sequence.kept = output.past_key_values if self._use_cache else None  # some families make their own kind
+            kept = {} if self._cache is None else {self._cache: sequence.kept}  # None at first: the model makes its own
+            output = self._model(input_ids=ids, use_cache=bool(kept), **kept, **self._logits_to_keep(1))
+            if self._cache is not None:
+                sequence.kept = getattr(output, self._cache)
             sequence.computed = end
             rows.append(output.logits[0, -1])
         return torch.stack(rows)
