@@ -73,8 +73,9 @@ def test_closing_twice_or_after_the_end_cancels_nothing_more() -> None:
         left.close()
         await text_of(whole)
         whole.close()
+        assert thread._streams == set()
         await thread.stop(1)
-        assert engine.cancelled == [1]
+        assert engine.cancelled == [1] and thread._live == {}
 
     asyncio.run(run())
 
@@ -103,7 +104,9 @@ def test_stopping() -> None:
     asyncio.run(run())
 
 
-def test_a_loop_that_is_gone_ends_the_thread() -> None:
+def test_a_loop_that_is_gone_ends_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
     engine = FakeEngine(step_s=0.005, context_tokens=None)
 
     async def run() -> None:
@@ -113,7 +116,7 @@ def test_a_loop_that_is_gone_ends_the_thread() -> None:
     thread = EngineThread(engine)
     asyncio.run(run())
     thread._thread.join(5)
-    assert not thread._thread.is_alive()
+    assert not thread._thread.is_alive() and errors == []
 
 
 def test_pieces_are_joined_until_they_are_taken() -> None:

@@ -179,11 +179,13 @@ def test_a_second_ctrl_c_waits_for_nobody(cli: Cli) -> None:
     served = Served(cli)
     body = {"prompt": "x", "max_tokens": 100_000, "stream": True}
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: its end closes the connection
+        next(lines)
         os.kill(served.running.pid, signal.SIGINT)
         wait_until(lambda: _refuses(served.url))
         os.kill(served.running.pid, signal.SIGINT)
         finished = served.running.wait(5)
+        assert any("the server was stopped before the answer was complete" in line for line in lines)
     assert finished.exit_code == 0 and "Traceback" not in finished.stderr, finished.stderr
 
 

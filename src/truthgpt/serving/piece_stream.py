@@ -16,7 +16,7 @@ class PieceStream:
 
     Args:
         count: number of requests; they have the indices from 0.
-        on_close: called once when the consumer leaves before the last piece.
+        on_close: called by `close`.
     """
 
     def __init__(self, count: int, on_close: Callable[[PieceStream], None]) -> None:
@@ -52,9 +52,8 @@ class PieceStream:
 
     def close(self) -> None:
         """Cancel what is not finished; the stream then ends."""
-        if self.unfinished:
-            self.unfinished.clear()
-            self._on_close(self)
+        self.unfinished.clear()
+        self._on_close(self)
         self._changed.set()
 
     def accept(self) -> None:
