@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ from truthgpt.cli import serve
 from truthgpt.errors import CheckpointError
 
 
-def _engine(target: Path, device: str) -> tuple[FakeEngine, Any]:
+@contextmanager
+def _engine(target: Path, device: str) -> Iterator[tuple[FakeEngine, Any]]:
     from truthgpt.models.tokenizer import byte_tokenizer
 
     if target.name == "absent":
         raise CheckpointError(f"nothing to load at {target}")
-    return FakeEngine(target.name, step_s=0.01, context_tokens=None), byte_tokenizer()
+    yield FakeEngine(target.name, step_s=0.01, context_tokens=None), byte_tokenizer()
 
 
 serve._engine = _engine

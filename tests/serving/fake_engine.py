@@ -27,7 +27,7 @@ def expected_text(prompt_ids: Sequence[int], seed: int, tokens: int) -> str:
 
 @dataclass
 class FakeEngine:
-    """Writes `expected_text`, and ends at a stop text or after `max_new_tokens`.
+    """Writes `expected_text`, and ends at a stop text or after `max_new_tokens`; with an error after a prompt with 999.
 
     `before_step` is called at the start of every step, where a test may wait or raise. A call from another thread than
     the first step's is an error.
@@ -92,6 +92,9 @@ class FakeEngine:
     def _write(self, request_id: int, text: str, done: int, sampling: Sampling) -> Piece:
         letter = text[done]
         finish: FinishReason | None = "length" if done + 1 == len(text) else None
+        if 999 in self.submitted[request_id - 1][0] and done == 2:
+            del self._requests[request_id]
+            return Piece(request_id, (), "", "error")
         if letter in sampling.stop:
             letter, finish = "", "stop"
         if finish is None:

@@ -227,6 +227,23 @@ def test_failures_now_and_then_are_forgiven() -> None:
             server.client.completions.create(model="fake", prompt="x", max_tokens=1)
 
 
+def test_logits_that_are_not_finite() -> None:
+    """They end the request they belong to, with its other choices, and no other."""
+    engine = FakeEngine(step_s=0.005)
+    with serving(engine) as server:
+        results: list[Any] = []
+        thread = start_in_background(server, 0, results, max_tokens=60)
+        with pytest.raises(openai.InternalServerError, match="numbers are not finite") as caught:
+            server.client.completions.create(model="fake", prompt=[[1], [999]], max_tokens=100)
+        assert caught.value.code == "engine_error"
+        with pytest.raises(openai.APIError, match="numbers are not finite"):
+            list(server.client.completions.create(model="fake", prompt=[999], max_tokens=100, stream=True))
+        thread.join()
+        assert results[0].choices[0].text == expected_text([ord("x")], 0, 60)
+        wait_until(lambda: len(engine.cancelled) == 1)
+        assert engine.submitted[engine.cancelled[0] - 1][0] == [1]
+
+
 def test_a_submission_that_fails_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
     submit = engine.submit

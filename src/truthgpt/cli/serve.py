@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,5 +73,5 @@ def api_key_from(variable: str | None) -> str | None:
     return key
 
 
-def _engine(target: Path, device: str) -> tuple[TextEngine, PreTrainedTokenizerBase]:
+def _engine(target: Path, device: str) -> AbstractContextManager[tuple[TextEngine, PreTrainedTokenizerBase]]:
     raise NotImplementedError

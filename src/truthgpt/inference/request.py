@@ -8,7 +8,7 @@ from typing import Literal
 
 from truthgpt.errors import ConfigError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sampling:
             ("temperature", "0 (greedy) or more", math.isfinite(self.temperature) and self.temperature >= 0),
             ("top_k", "0 (all tokens) or more", self.top_k >= 0),
             ("top_p", "more than 0, at most 1", 0 < self.top_p <= 1),
-            ("repetition_penalty", "more than 0", math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0),
+            ("repetition_penalty", "more than 0", 0 < self.repetition_penalty < math.inf),
             ("stop", "texts that are not empty", all(self.stop)),
         ):
             if not found:
@@ -59,8 +59,8 @@ class Piece:
         token_ids: the new tokens; an end-of-text token is among them.
         text: their text as far as its characters are complete, without stop texts. The pieces' texts joined are the
             whole answer.
-        finish: why this is the last piece: `stop` (an end-of-text token or a stop text), `length`, `cancelled`;
-            None: more will come.
+        finish: why this is the last piece: `stop` (an end-of-text token or a stop text), `length`, `cancelled`,
+            `error` (the model's logits are not finite); None: more will come.
     """
 
     request_id: int

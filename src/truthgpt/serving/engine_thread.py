@@ -161,6 +161,10 @@ class EngineThread:
     def _deliver(self, load: Load, pieces: list[tuple[PieceStream, int, Piece]]) -> None:
         self.load = load
         for stream, index, piece in pieces:
+            if piece.finish == "error":
+                stream.fail(EngineError("the model's numbers are not finite: it cannot continue this text"))
+                self._close(stream)
+                continue
             stream.put(index, piece)
             if piece.token_ids or piece.finish is not None:
                 stream.unstarted.discard(index)

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -86,7 +86,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve_engine(
-    load_engine: Callable[[], tuple[TextEngine, PreTrainedTokenizerBase]],
+    open_engine: Callable[[], AbstractContextManager[tuple[TextEngine, PreTrainedTokenizerBase]]],
     options: ServerOptions,
     on_ready: Callable[[str, str], None],
     routes: Sequence[BaseRoute] = (),
@@ -96,16 +96,15 @@ def serve_engine(
     Logs of the web server go to the logger `uvicorn.error`, from warnings on.
 
     Args:
-        load_engine: makes the engine and its tokenizer, after the port has been taken.
+        open_engine: gives the engine and its tokenizer for as long as it is served, after the port has been taken.
         options: where and for whom.
         on_ready: called with the server's URL and the model's name once requests are taken.
         routes: more routes, for pages.
 
     Raises:
-        ConfigError: see `bind`; and what `load_engine` raises.
+        ConfigError: see `bind`; and what `open_engine` raises.
     """
-    with bind(options.host, options.port) as bound:
-        engine, tokenizer = load_engine()
+    with bind(options.host, options.port) as bound, open_engine() as (engine, tokenizer):
         thread = EngineThread(engine, options.max_waiting)
         app = create_app(thread, tokenizer, hosts=options.allowed_hosts, api_key=options.api_key, routes=routes)
         url = f"http://{in_url(options.host)}:{bound.getsockname()[1]}"
