@@ -85,9 +85,9 @@ def _paged(
         return None
     count = _blocks(model.device, shapes, size, dtype, cache_bytes, lengths)
     cache = policy.allocate(shapes, count, dtype, model.device)
-    stack.enter_context(paged_model(model, layers, cache))
     if compiled:
         stack.enter_context(joined_linears(model))
+    stack.enter_context(paged_model(model, layers, cache))
     return PagedRunner(model, cache, compiled)
 
 

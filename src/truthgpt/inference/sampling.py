@@ -93,7 +93,7 @@ def _penalise(logits: Tensor, rows: list[int], requests: Sequence[Sampling], tex
     chosen = _on_device(np.array(rows), device)
     scores = logits.float()[chosen]  # (R, V)
     seen = torch.zeros_like(scores, dtype=torch.bool)
-    seen[row, token] = True
+    seen.index_put_((row, token), seen.new_ones(()))  # a number would be copied from the host
     changed = torch.where(scores < 0, scores * penalties, scores / penalties)
     return logits.float().index_copy(0, chosen, torch.where(seen, changed, scores))
 
