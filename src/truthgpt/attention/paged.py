@@ -95,7 +95,7 @@ def paged_attention(
         output = varlen_between(queries, new_keys, new_values, paged.borders, longest, scaling, sliding_window)
     else:
         output = _one_by_one(queries, keys, values, paged, scaling, sliding_window, softcap)
-    return output.unsqueeze(0), None
+    return output.unsqueeze(0).contiguous(), None  # some models view the heads as one
 
 
 def _one_by_one(

@@ -13,9 +13,9 @@ from truthgpt.attention.install import transformers_attention_in
 from truthgpt.errors import ConfigError
 from truthgpt.inference.engine import Engine, EngineLimits
 from truthgpt.inference.joined_linear import joined_linears
-from truthgpt.inference.paged_runner import PagedRunner, attention_layers, paged_model, paged_obstacle
+from truthgpt.inference.paged_runner import AttentionLayers, PagedRunner, attention_layers, paged_model, paged_obstacle
 from truthgpt.inference.runner import OneByOneRunner, Runner
-from truthgpt.kv_cache.base import KVCachePolicy, LayerShape
+from truthgpt.kv_cache.base import KVCachePolicy
 from truthgpt.kv_cache.paged import PagedKVCache, block_bytes
 from truthgpt.runtime.device import free_memory_bytes
 from truthgpt.runtime.fallbacks import Fallbacks
@@ -78,35 +78,34 @@ def _paged(
     if not isinstance(policy, PagedKVCache):
         return None
     size = policy.block_size
-    layers, shapes, dtype = attention_layers(model)
-    reason = paged_obstacle(model, layers, shapes, dtype)
+    layers = attention_layers(model)
+    reason = paged_obstacle(model, layers)
     if reason is not None:
         fallbacks.take("model.kv_cache.type", "paged", "transformers' own cache, one sequence at a time", reason)
         return None
-    count = _blocks(model.device, shapes, size, dtype, cache_bytes, lengths)
-    cache = policy.allocate(shapes, count, dtype, model.device)
+    count = _blocks(model.device, layers, size, cache_bytes, lengths)
+    cache = policy.allocate(layers.shapes, count, layers.dtype, model.device)
     if compiled:
         stack.enter_context(joined_linears(model))
-    stack.enter_context(paged_model(model, layers, cache))
+    stack.enter_context(paged_model(model, layers.modules, cache))
     return PagedRunner(model, cache, compiled)
 
 
 def _blocks(
     device: torch.device,
-    shapes: list[LayerShape],
+    layers: AttentionLayers,
     size: int,
-    dtype: torch.dtype,
     cache_bytes: int | None,
     lengths: Sequence[int] | None,
 ) -> int:
     if cache_bytes is None:
         free = free_memory_bytes(device) if device.type == "cuda" else None
         cache_bytes = HOST_BYTES if free is None else int(SHARE * free)
-    count = cache_bytes // block_bytes(shapes, size, dtype)
+    of_one = block_bytes(layers.shapes, size, layers.dtype)
+    count = cache_bytes // of_one
     if count < 1:
         raise ConfigError(
-            f"a block of {size} positions takes {block_bytes(shapes, size, dtype):,} bytes, the cache has "
-            f"{cache_bytes:,}: give it more memory"
+            f"a block of {size} positions takes {of_one:,} bytes, the cache has {cache_bytes:,}: give it more memory"
         )
     return count if lengths is None else min(count, sum(-(-length // size) for length in lengths))
 
