@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.resources
 from dataclasses import asdict, dataclass
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -28,8 +27,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_HOSTS = ("127.0.0.1", "localhost")
-"""Names the page is asked for by; a page of another site that has its name point here is not answered."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class ModelFacts:
     name: str
     family: str
     parameters: int
-    vocabulary: int
     context_tokens: int | None
     device: str
     dtype: str
@@ -54,8 +50,8 @@ class ModelFacts:
     folder: str
 
 
-def add_page(app: Starlette, model: ModelFacts, run_directory: Path | None) -> None:
-    """Add the page (`/` and `/page/...`) and `/api/run` to the API's app.
+def page_routes(model: ModelFacts, run_directory: Path | None) -> list[Route]:
+    """The page (`/` and `/page/...`) and `/api/run`, to be served beside the API.
 
     Args:
         run_directory: where the curves are; None: the model comes from a folder that is no run.
@@ -68,19 +64,17 @@ def add_page(app: Starlette, model: ModelFacts, run_directory: Path | None) -> N
         document = {"model": asdict(model), "run": _describe(run_directory), "curves": curves, "prompts": prompts}
         return JSONResponse(document, headers={"Cache-Control": "no-store"})
 
-    files = importlib.resources.files("truthgpt.serving") / "page"
-    for file in files.iterdir():
-        path = "/" if file.name == "index.html" else f"/page/{file.name}"
-        app.router.routes.append(_file_route(path, file.read_bytes(), _TYPES[Path(file.name).suffix]))
-    app.router.routes.append(Route("/api/run", answer))
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS, www_redirect=False)
+    files = (importlib.resources.files("truthgpt.serving") / "page").iterdir()
+    return [Route("/api/run", answer), *[_file_route(file) for file in files if Path(file.name).suffix in _TYPES]]
 
 
-def _file_route(path: str, content: bytes, media_type: str) -> Route:
+def _file_route(file: Traversable) -> Route:
+    content, media_type = file.read_bytes(), _TYPES[Path(file.name).suffix]
+
     def answer(request: Request) -> Response:
         return Response(content, media_type=media_type, headers=_HEADERS)
 
-    return Route(path, answer)
+    return Route("/" if file.name == "index.html" else f"/page/{file.name}", answer)
 
 
 def _describe(run_directory: Path | None) -> dict[str, Any] | None:

@@ -21,11 +21,11 @@ export function figure(value) {
   return String(Number(value.toPrecision(4)));
 }
 
-/** At most `count` + 1 round numbers within [low, high]. */
+/** About `count` round numbers within [low, high]. */
 function ticks(low, high, count) {
   const raw = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= raw);
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= 0.6 * raw);
   const first = Math.ceil(low / step - 1e-9);
   const last = Math.floor(high / step + 1e-9);
   return Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
@@ -37,7 +37,7 @@ function tickLabel(value) {
   if (size >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
   if (size >= 1e4) return `${Number((value / 1e3).toPrecision(3))}k`;
   if (size > 0 && size < 1e-2) return value.toExponential(1).replace(".0e", "e");
-  return String(Number(value.toPrecision(4)));
+  return Number(value.toPrecision(4)).toLocaleString("en");
 }
 
 /**
@@ -105,12 +105,12 @@ function plotArea(series, width, height, fromZero) {
 
 function axes(area) {
   const group = shape("g", { class: "axes", "aria-hidden": "true" });
-  for (const value of ticks(area.low, area.high, Math.max(2, Math.floor((area.bottom - area.top) / 34)))) {
+  for (const value of ticks(area.low, area.high, Math.max(2, Math.floor((area.bottom - area.top) / 28)))) {
     const y = area.y(value);
     group.append(shape("line", { x1: area.left, x2: area.right, y1: y, y2: y }));
     group.append(shape("text", { x: area.left - 6, y: y + 3.5, "text-anchor": "end" }, tickLabel(value)));
   }
-  const steps = ticks(area.firstStep, area.lastStep, Math.max(2, Math.floor((area.right - area.left) / 80)));
+  const steps = ticks(area.firstStep, area.lastStep, Math.max(2, Math.floor((area.right - area.left) / 56)));
   for (const step of steps.filter(Number.isInteger)) {
     const x = area.x(step);
     const anchor = x > area.right - 12 ? "end" : x < area.left + 12 ? "start" : "middle";

@@ -80,7 +80,7 @@ function addControl(host, { key, label, min, max, step, value, note }, changed) 
     set(number.value);
     changed();
   });
-  row.append(name, number, slider);
+  row.append(name, slider, number);
   host.append(row);
   return {
     get: () => within(number.value), // as typed and perhaps not yet left: Enter in the prompt box sends it too

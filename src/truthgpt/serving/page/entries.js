@@ -16,6 +16,19 @@ export function quietButton(text, action) {
   return button;
 }
 
+/** Show text in `host`, a part a child; only the last one grows, so that what is selected further up stays so. */
+function showFenced(host, text) {
+  const parts = text.split(/^```[^\n`]*(?:\n|$)/m);
+  parts.forEach((part, index) => {
+    const inCode = index % 2 === 1;
+    const shown = inCode || index === 0 ? part : part.replace(/^\n+/, "");
+    const child = host.children[index] ?? host.appendChild(element(inCode ? "pre" : "div", inCode ? "code" : "prose"));
+    const trimmed = index < parts.length - 1 ? shown.trimEnd() : shown;
+    if (child.textContent !== trimmed) child.textContent = trimmed;
+  });
+  while (host.children.length > parts.length) host.lastChild.remove();
+}
+
 /** What an answer took: live while it is written, exact when the server's count has come. */
 export class Clock {
   constructor() {
@@ -47,7 +60,7 @@ export class Clock {
   }
 }
 
-const ENDINGS = { length: "reached max new tokens", cancelled: "stopped" };
+const ENDINGS = { length: "limit reached", cancelled: "stopped" };
 
 /**
  * One entry of a log. `actions` are functions of the page: retry, edit, resume (null where it has no meaning).
@@ -59,11 +72,10 @@ export class Entry {
     this.prompt = prompt;
     this.actions = actions;
     this.answer = "";
+    this.totalTokens = null; // of prompt and answer, once the server has counted them
     this.node = element("article", `entry ${mode}`);
     this.body = element("div", "body");
-    this.answerText = document.createTextNode("");
     this.answerNode = element(mode === "chat" ? "div" : "span", "answer");
-    this.answerNode.append(this.answerText);
     if (mode === "chat") {
       this.node.append(element("div", "question", prompt));
       this.body.append(this.answerNode);
@@ -83,7 +95,10 @@ export class Entry {
 
   /** An answer begins; with `keep` it goes on from the text that is there. */
   begin(seed, keep = false) {
-    if (!keep) this.answer = this.answerText.data = "";
+    if (!keep) {
+      this.answer = "";
+      this.answerNode.replaceChildren();
+    }
     this.seed = seed;
     this.clock = new Clock();
     this.error.hidden = true;
@@ -95,7 +110,9 @@ export class Entry {
 
   write(text) {
     this.answer += text;
-    this.answerText.appendData(text);
+    // A continuation is shown as it is; in an answer, what stands between ``` fences is code.
+    if (this.mode === "completion") this.answerNode.textContent = this.answer;
+    else showFenced(this.answerNode, this.answer);
   }
 
   showFigures(ending = null) {

@@ -53,8 +53,9 @@ function send() {
 /** What to ask for an entry; `keep` asks for more of the text that is there. */
 function requestOf(entry, keep) {
   const sampling = { model: about.model.name, ...controls.values(), stream: true };
-  sampling.stream_options = { include_usage: true, continuous_usage_stats: true };
+  sampling.stream_options = { include_usage: true };
   if (entry.mode === "completion") {
+    if (keep) sampling.max_tokens = roomAfter(entry, sampling.max_tokens);
     return ["/v1/completions", { ...sampling, prompt: keep ? entry.prompt + entry.answer : entry.prompt }];
   }
   const system = at("system").value.trim();
@@ -65,6 +66,13 @@ function requestOf(entry, keep) {
     messages.push({ role: "user", content: earlier.prompt }, { role: "assistant", content: earlier.answer });
   }
   return ["/v1/chat/completions", { ...sampling, messages: [...messages, { role: "user", content: entry.prompt }] }];
+}
+
+/** New tokens that still fit behind an entry's text: n tokens and m new ones take n + m - 1 positions. */
+function roomAfter(entry, wanted) {
+  const context = about.model.context_tokens;
+  if (context === null || entry.totalTokens === null) return wanted;
+  return Math.max(1, Math.min(wanted, context + 1 - entry.totalTokens));
 }
 
 /** Ask and write the answer into the entry as it comes. */
@@ -80,8 +88,9 @@ async function write(entry, keep = false) {
     for await (const event of streamEvents(path, request, writing.abort.signal)) {
       const choice = event.choices?.[0];
       const text = choice?.delta?.content ?? choice?.text ?? "";
-      // A server that does not count on the way sends a token or so an event; the count at the end is exact.
+      // On the way an event with text is a token or so; the count at the end is exact.
       tokens = event.usage?.completion_tokens ?? tokens + (text ? 1 : 0);
+      entry.totalTokens = event.usage?.total_tokens ?? null;
       if (choice) entry.clock.note(tokens);
       else entry.clock.tokens = tokens;
       if (text) follow(() => entry.write(text));
@@ -125,9 +134,9 @@ function scrollDown() {
 
 function showBusy() {
   const hadFocus = document.activeElement === at("stop");
+  showMode();
   at("send").hidden = writing !== null;
   at("stop").hidden = writing === null;
-  at("new").disabled = writing !== null;
   if (writing) at("announcer").textContent = writing.entry.mode === "chat" ? "Answering" : "Continuing";
   if (hadFocus && !writing) at("prompt").focus();
 }
@@ -141,6 +150,7 @@ function showMode() {
   document.body.dataset.mode = mode;
   at("system-section").hidden = !chat;
   at("new").textContent = chat ? "New chat" : "Clear";
+  at("new").disabled = writing !== null || logs[mode].length === 0;
   at("prompt").placeholder = chat ? "Ask something" : "Write the beginning of a text";
   at("prompt-label").textContent = chat ? "Message" : "Prompt";
   at("welcome").hidden = logs[mode].length > 0;
@@ -148,7 +158,9 @@ function showMode() {
   at("welcome-title").textContent = chat ? "Ask the model" : "Start a text, the model continues it";
   at("welcome-text").textContent = chat
     ? "It answers with what it learned in training. Check what matters."
-    : "A model without a chat template answers no questions: it continues what you begin, in the manner of what it was trained on.";
+    : about.model.chat_template
+      ? "Here it goes on from your words alone, without its chat template."
+      : "This model has no chat template, so it answers no questions: it continues what you begin, in the manner of what it was trained on.";
   const starters = chat ? [] : about.prompts;
   at("starters").hidden = starters.length === 0;
   at("starters").replaceChildren(...starters.map(starter));

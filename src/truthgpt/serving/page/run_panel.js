@@ -9,11 +9,8 @@ const LARGE = { loss: 320, other: 190 };
 /** Fill `list` with what the server knows about the model. */
 export function showFacts(list, { model, run }) {
   const facts = {
-    Name: model.name,
-    Family: model.family,
-    Parameters: shortNumber(model.parameters),
+    Parameters: `${shortNumber(model.parameters)} (${model.family})`,
     Context: model.context_tokens === null ? "unlimited" : `${model.context_tokens.toLocaleString("en")} tokens`,
-    Vocabulary: `${model.vocabulary.toLocaleString("en")} tokens`,
     Device: `${model.device}, ${model.dtype}`,
     [run ? "Run" : "Folder"]: run ? run.directory : model.folder,
   };
@@ -34,7 +31,7 @@ export function showCurves(host, curves, sizes = SMALL) {
   const charts = [
     { title: "Loss", wide: true, series: [named(curves, "loss", "training"), named(curves, "val_loss", "validation")] },
     { title: "Learning rate", fromZero: true, series: [named(curves, "lr", "learning rate")] },
-    { title: "Tokens per second", fromZero: true, series: [named(curves, "tokens_per_sec", "tokens/s")] },
+    { title: "Tokens/s", fromZero: true, series: [named(curves, "tokens_per_sec", "tokens/s")] },
   ]
     .map((chart) => ({ ...chart, series: chart.series.filter(({ points }) => points.length) }))
     .filter(({ series }) => series.length);
@@ -54,9 +51,11 @@ function named(curves, key, name) {
 function addChart(host, { title, series, wide, fromZero }, height) {
   const box = element("figure", wide ? "wide" : "");
   const caption = element("figcaption", "", title);
-  if (series.length > 1) for (const { name, className } of series) caption.append(element("span", `key ${className}`, name));
-  const last = series.at(-1).points.findLast(([, value]) => value !== null);
-  if (last) caption.append(element("span", "last", figure(last[1])));
+  for (const { name, className, points } of series) {
+    const part = element("span", series.length > 1 ? `key ${className}` : "", series.length > 1 ? `${name} ` : "");
+    part.append(element("b", "", figure(points.at(-1)[1]))); // where it stands now
+    caption.append(part);
+  }
   const plot = element("div", "plot-host");
   box.append(caption, plot);
   host.append(box);
