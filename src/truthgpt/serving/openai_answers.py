@@ -1,0 +1,150 @@
+"""Answers of the OpenAI API, whole and in chunks."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from truthgpt.inference.request import FinishReason, Piece
+
+
+@dataclass
+class Usage:
+    """Tokens of one request: of its prompts, each counted once, and of all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        """As the API writes it."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+@dataclass
+class Choice:
+    """One answer as far as it is written."""
+
+    text: str = ""
+    finish: FinishReason | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Take in what has been written."""
+        self.text += piece.text
+        self.finish = piece.finish
+
+
+class Format(Protocol):
+    """How one endpoint writes its answers."""
+
+    prefix: str
+    whole: str
+    chunk: str
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """A whole choice."""
+        ...
+
+    def opening(self, index: int) -> Iterator[dict[str, Any]]:
+        """What a choice's chunks begin with."""
+        ...
+
+    def pieces(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """What a piece adds, as the choices of chunks."""
+        ...
+
+
+class CompletionFormat:
+    """`/v1/completions`."""
+
+    prefix = "cmpl"
+    whole = chunk = "text_completion"
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """A whole choice."""
+        return {"index": index, "text": choice.text, "logprobs": None, "finish_reason": choice.finish}
+
+    def opening(self, index: int) -> Iterator[dict[str, Any]]:
+        """Nothing."""
+        return iter(())
+
+    def pieces(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Its text with the reason of the end; nothing for a piece without either."""
+        if piece.text or piece.finish is not None:
+            yield {"index": index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish}
+
+
+class ChatFormat:
+    """`/v1/chat/completions`."""
+
+    prefix = "chatcmpl"
+    whole = "chat.completion"
+    chunk = "chat.completion.chunk"
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """A whole choice."""
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
+
+    def opening(self, index: int) -> Iterator[dict[str, Any]]:
+        """Who speaks."""
+        yield self._chunk(index, {"role": "assistant", "content": ""}, None)
+
+    def pieces(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Its text, then the reason of the end alone."""
+        if piece.text:
+            yield self._chunk(index, {"content": piece.text}, None)
+        if piece.finish is not None:
+            yield self._chunk(index, {}, piece.finish)
+
+    @staticmethod
+    def _chunk(index: int, delta: Mapping[str, str], finish: FinishReason | None) -> dict[str, Any]:
+        return {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": finish}
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What is the same in everything that answers one request."""
+
+    form: Format
+    model: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    token: str = field(default_factory=lambda: secrets.token_hex(12))
+
+    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
+        """The answer in one document."""
+        written = [self.form.choice(index, choice) for index, choice in enumerate(choices)]
+        return {**self._head(self.form.whole), "choices": written, "usage": usage.to_json()}
+
+    def chunk(self, choice: dict[str, Any], with_usage: bool) -> bytes:
+        """One event of a stream. Where it ends with its usage, the events before say null."""
+        return event({**self._head(self.form.chunk), "choices": [choice], **({"usage": None} if with_usage else {})})
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The event with the usage."""
+        return event({**self._head(self.form.chunk), "choices": [], "usage": usage.to_json()})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"{self.form.prefix}-{self.token}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+
+DONE = b"data: [DONE]\n\n"
+"""The last event of a stream."""
+
+
+def event(document: dict[str, Any]) -> bytes:
+    """A server-sent event with one JSON document."""
+    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
