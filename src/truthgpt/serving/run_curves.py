@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from truthgpt.runtime.metrics_log import read_rows
 
@@ -60,5 +61,5 @@ def _value(point: Point) -> float:
     return math.nan if point[1] is None else point[1]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -72,7 +72,6 @@ export class Entry {
     this.prompt = prompt;
     this.actions = actions;
     this.answer = "";
-    this.totalTokens = null; // of prompt and answer, once the server has counted them
     this.node = element("article", `entry ${mode}`);
     this.body = element("div", "body");
     this.answerNode = element(mode === "chat" ? "div" : "span", "answer");

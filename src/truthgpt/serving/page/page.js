@@ -55,7 +55,6 @@ function requestOf(entry, keep) {
   const sampling = { model: about.model.name, ...controls.values(), stream: true };
   sampling.stream_options = { include_usage: true };
   if (entry.mode === "completion") {
-    if (keep) sampling.max_tokens = roomAfter(entry, sampling.max_tokens);
     return ["/v1/completions", { ...sampling, prompt: keep ? entry.prompt + entry.answer : entry.prompt }];
   }
   const system = at("system").value.trim();
@@ -66,13 +65,6 @@ function requestOf(entry, keep) {
     messages.push({ role: "user", content: earlier.prompt }, { role: "assistant", content: earlier.answer });
   }
   return ["/v1/chat/completions", { ...sampling, messages: [...messages, { role: "user", content: entry.prompt }] }];
-}
-
-/** New tokens that still fit behind an entry's text: n tokens and m new ones take n + m - 1 positions. */
-function roomAfter(entry, wanted) {
-  const context = about.model.context_tokens;
-  if (context === null || entry.totalTokens === null) return wanted;
-  return Math.max(1, Math.min(wanted, context + 1 - entry.totalTokens));
 }
 
 /** Ask and write the answer into the entry as it comes. */
@@ -90,7 +82,6 @@ async function write(entry, keep = false) {
       const text = choice?.delta?.content ?? choice?.text ?? "";
       // On the way an event with text is a token or so; the count at the end is exact.
       tokens = event.usage?.completion_tokens ?? tokens + (text ? 1 : 0);
-      entry.totalTokens = event.usage?.total_tokens ?? null;
       if (choice) entry.clock.note(tokens);
       else entry.clock.tokens = tokens;
       if (text) follow(() => entry.write(text));
