@@ -21,6 +21,7 @@ from truthgpt.cli.output import say
 from truthgpt.cli.plan import plan
 from truthgpt.cli.runs import runs_app
 from truthgpt.cli.schema import schema
+from truthgpt.cli.serve import serve
 from truthgpt.cli.train import train
 from truthgpt.cli.validate import validate
 from truthgpt.errors import EXIT_PREEMPTED, Preempted, TruthGPTError
@@ -73,6 +74,7 @@ app.command(epilog=_EVERYWHERE)(doctor)
 app.command(epilog=_EVERYWHERE)(components)
 app.command("eval", epilog=_EVERYWHERE)(evaluate)
 app.command(epilog=_EVERYWHERE)(generate)
+app.command(epilog=_EVERYWHERE)(serve)
 app.command(epilog=_EVERYWHERE)(export)
 app.add_typer(runs_app, name="runs", epilog=_EVERYWHERE)
 app.add_typer(benchmark_app, name="benchmark", epilog=_EVERYWHERE)

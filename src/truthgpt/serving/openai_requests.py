@@ -166,6 +166,8 @@ def parse_request(kind: type[Parsed], body: bytes) -> Parsed:
     """
     try:
         document = json.loads(body)
+        if b"\\ud" in body.lower():
+            json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no text: a ValueError
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(document, dict):
@@ -189,7 +191,7 @@ def _without_unsupported(
     fields: dict[str, Any], unsupported: Mapping[str, tuple[Any, ...]], where: str
 ) -> dict[str, Any]:
     for key, value in fields.items():
-        if key in unsupported and value not in unsupported[key]:
+        if key in unsupported and not any(_same(value, each) for each in unsupported[key]):
             raise ApiError(
                 400,
                 f"{where}{key}: {_short(value)} is not supported by this server; leave {key} out",
@@ -199,45 +201,46 @@ def _without_unsupported(
     return {key: value for key, value in fields.items() if key not in unsupported}
 
 
+def _same(value: Any, other: Any) -> bool:
+    """Equality in which false is not 0."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
 def _first_problem(kind: type[BaseModel], error: ValidationError) -> ApiError:
-    """The first mistake. Of a union, pydantic lists what every member expects: these are said together."""
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    if not first["loc"]:
+    """The first mistake pydantic found, in words."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    location = first["loc"]
+    if not location:
         return ApiError(400, first["msg"].removeprefix("Value error, "), code="invalid_value")
-    field = str(first["loc"][0])
+    for depth, part in enumerate(location):
+        if part in _SEVERAL_TYPES and first["type"] not in ("missing", "extra_forbidden"):
+            # pydantic lists what each of the types expects, behind this place.
+            name = _path(location[: depth + 1])
+            return ApiError(400, f"{name}: give {_SEVERAL_TYPES[str(part)]}", param=name, code="invalid_value")
+    name = _path(location)
     if first["type"] == "extra_forbidden":
-        name = _path(first["loc"])
-        near = difflib.get_close_matches(field, kind.model_fields, n=1) if len(first["loc"]) == 1 else []
+        near = difflib.get_close_matches(name, kind.model_fields, n=1)
         hint = f"did you mean {near[0]}?" if near else "leave it out"
         return ApiError(400, f"{name}: unknown field; {hint}", param=name, code="unknown_parameter")
     if first["type"] == "missing":
-        name = _path(first["loc"])
         return ApiError(400, f"{name}: this field is required", param=name, code="missing_required_parameter")
-    members = _union_members(kind, field)
-    if members is None:
-        name = _path(first["loc"])
-        said = f"{first['msg'][0].lower()}{first['msg'][1:]}, found {_short(first['input'])}"
-        return ApiError(400, f"{name}: {said}", param=name, code="invalid_value")
-    return ApiError(400, f"{field}: give {members}", param=field, code="invalid_value")
+    said = f"{first['msg'][0].lower()}{first['msg'][1:]}, found {_short(first['input'])}"
+    return ApiError(400, f"{name}: {said}", param=name, code="invalid_value")
 
 
-def _union_members(kind: type[BaseModel], field: str) -> str | None:
-    """What a field with several types takes, in words."""
-    return {
-        "prompt": f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} texts or lists of token ids",
-        "stop": f"a text or a list of at most {MAX_STOPS} texts, none of them empty",
-    }.get(field)
+_SEVERAL_TYPES = {
+    "prompt": f"a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} texts or of as many lists of token ids",
+    "stop": f"a text or a list of at most {MAX_STOPS} texts, none of them empty",
+    "content": 'a text or a list of parts {"type": "text", "text": ...}',
+}
+"""What the fields with several types take."""
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """`messages[0].content` of pydantic's location; its names of a union's members are left out."""
+    """`messages[0].content`; long names, which are a client's own, are cut."""
     path = ""
     for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and not (part in ("str", "int") and path):
-            path += f".{part}" if path else part
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:60]}" if path else part[:60]
     return path
 
 

@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import uvicorn
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from truthgpt.errors import ConfigError
-from truthgpt.serving.engine_thread import EngineThread
+from truthgpt.serving.base import TextEngine
+from truthgpt.serving.engine_thread import DEFAULT_MAX_WAITING, EngineThread
+from truthgpt.serving.guards import LOOPBACK_HOSTS, is_loopback
+from truthgpt.serving.openai_api import STOP_DEADLINE_S, create_app
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where a server listens, and for whom.
+
+    Args:
+        host: address to listen at. On a loopback address only requests that name this machine as their host are
+            answered: a web page elsewhere cannot reach the server through a name of its own.
+        port: 0: any that is free.
+        api_key: what clients have to send as `Authorization: Bearer KEY`; None: nothing.
+        max_waiting: requests that may wait for their first token, 1 or more.
+
+    Raises:
+        ConfigError: other machines can reach the server, and there is no key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    max_waiting: int = DEFAULT_MAX_WAITING
+
+    def __post_init__(self) -> None:
+        if self.api_key is None and not is_loopback(self.host):
+            raise ConfigError(
+                f"--host {self.host} lets other machines in, so clients need a key: put one into an environment "
+                "variable and give its name, --api-key-env NAME (or leave --host out)"
+            )
+
+    @property
+    def allowed_hosts(self) -> frozenset[str] | None:
+        """Host headers that are answered; None: all."""
+        return LOOPBACK_HOSTS | {in_url(self.host)} if is_loopback(self.host) else None
+
+
+def in_url(host: str) -> str:
+    """The address as URLs and Host headers have it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -40,23 +84,35 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def url_of(bound: socket.socket, host: str) -> str:
-    """The address for clients."""
-    name = f"[{host}]" if ":" in host else host
-    return f"http://{name}:{bound.getsockname()[1]}"
-
-
-def run_server(
-    app: ASGIApp, thread: EngineThread, bound: socket.socket, deadline_s: float, on_ready: Callable[[], None]
+def serve_engine(
+    load_engine: Callable[[], tuple[TextEngine, PreTrainedTokenizerBase]],
+    options: ServerOptions,
+    on_ready: Callable[[str, str], None],
+    routes: Sequence[BaseRoute] = (),
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then let answers under way end for `deadline_s` seconds.
+    """Serve a model until SIGINT or SIGTERM, then let answers under way end; a second SIGINT ends them at once.
 
-    A second SIGINT ends them at once. Logs of the web server go to the loggers `uvicorn`, from warnings on.
+    Logs of the web server go to the logger `uvicorn.error`, from warnings on.
 
     Args:
-        thread: started by the application's lifespan.
-        on_ready: called once requests are taken.
+        load_engine: makes the engine and its tokenizer, after the port has been taken.
+        options: where and for whom.
+        on_ready: called with the server's URL and the model's name once requests are taken.
+        routes: more routes, for pages.
+
+    Raises:
+        ConfigError: see `bind`; and what `load_engine` raises.
     """
+    with bind(options.host, options.port) as bound:
+        engine, tokenizer = load_engine()
+        thread = EngineThread(engine, options.max_waiting)
+        app = create_app(thread, tokenizer, hosts=options.allowed_hosts, api_key=options.api_key, routes=routes)
+        url = f"http://{in_url(options.host)}:{bound.getsockname()[1]}"
+        run_app(app, thread, bound, lambda: on_ready(url, thread.model_name))
+
+
+def run_app(app: ASGIApp, thread: EngineThread, bound: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Run an application whose lifespan starts `thread`, until a signal; see `serve_engine`."""
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -66,20 +122,17 @@ def run_server(
         lifespan="on",
         server_header=False,
         # The thread ends the answers before that; this is for clients that do not read them.
-        timeout_graceful_shutdown=int(deadline_s) + 2,
+        timeout_graceful_shutdown=int(STOP_DEADLINE_S) + 2,
     )
-    _Server(config, thread, deadline_s, on_ready).run(sockets=[bound])
+    _Server(config, thread, on_ready).run(sockets=[bound])
 
 
 class _Server(uvicorn.Server):
     """Ends the engine's answers in time, and leaves quietly after a signal."""
 
-    def __init__(
-        self, config: uvicorn.Config, thread: EngineThread, deadline_s: float, on_ready: Callable[[], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, thread: EngineThread, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._engine_thread = thread
-        self._deadline_s = deadline_s
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -90,7 +143,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening and let answers end."""
-        ending = asyncio.create_task(self._engine_thread.stop(self._deadline_s))
+        ending = asyncio.create_task(self._engine_thread.stop(STOP_DEADLINE_S))
         await super().shutdown(sockets)
         if self.force_exit:
             ending.cancel()

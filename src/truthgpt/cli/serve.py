@@ -1,0 +1,76 @@
+"""`truthgpt serve`: answer requests of the OpenAI API with a trained model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from truthgpt.cli.output import say
+from truthgpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from truthgpt.serving.base import TextEngine
+
+
+def serve(
+    target: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|HF_DIR", help="What to load.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; any but this machine's own needs a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    device: Annotated[str, typer.Option(help="auto, cuda, cpu or mps.")] = "auto",
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait for their first token.")] = 1024,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable with the key that clients must send.")
+    ] = None,
+) -> None:
+    """Answer requests of the OpenAI API with a run's model, a checkpoint or a Hugging Face folder."""
+    from truthgpt.serving.packages import require_server_packages
+
+    require_server_packages()
+    from truthgpt.runtime.run_log import attach_console, detach
+    from truthgpt.serving.guards import is_loopback
+    from truthgpt.serving.server import ServerOptions, serve_engine
+
+    options = ServerOptions(host, port, api_key_from(api_key_env), max_waiting)
+    if not is_loopback(host):
+        say("warning: other machines can reach this server, and what they send is not encrypted")
+
+    def on_ready(url: str, model_name: str) -> None:
+        key = "" if api_key_env is None else f' -H "Authorization: Bearer ${api_key_env}"'
+        say(f"serving {model_name} at {url}/v1; Ctrl-C ends it. Try:")
+        say(
+            f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' "
+            """-d '{"prompt": "Once upon a time", "max_tokens": 64}'"""
+        )
+
+    console = attach_console(logging.INFO)
+    try:
+        serve_engine(lambda: _engine(target, device), options, on_ready)
+    finally:
+        detach(console)
+    say("stopped")
+
+
+def api_key_from(variable: str | None) -> str | None:
+    """The key in an environment variable; None without one.
+
+    Raises:
+        ConfigError: the variable is not set, or empty.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ConfigError(f"--api-key-env: the environment variable {variable} is not set, or empty")
+    return key
+
+
+def _engine(target: Path, device: str) -> tuple[TextEngine, PreTrainedTokenizerBase]:
+    raise NotImplementedError
