@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.serving.fake_engine import FakeEngine
 from truthgpt.models.tokenizer import byte_tokenizer
 from truthgpt.serving.engine_thread import EngineThread
 from truthgpt.serving.guards import LOOPBACK_HOSTS
 from truthgpt.serving.openai_api import create_app
 from truthgpt.serving.page_app import ModelFacts, page_routes
 from truthgpt.serving.server import bind, url_of
-
-from tests.serving.fake_engine import FakeEngine
 
 CHROMIUM = Path("/usr/bin/chromium")
 TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}[assistant]"

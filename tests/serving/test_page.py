@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import threading
@@ -19,11 +18,10 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra demo")
 pytest.importorskip("uvicorn", reason="needs the extra demo")
 
+from tests.serving.fake_engine import FakeEngine, expected_text
+from tests.serving.page_browser import CHROMIUM, WAIT_MS, Tab, contrast, served
 from truthgpt.runtime.metrics_log import MetricsLog
 from truthgpt.runtime.run_directory import RunDirectory, RunStatus
-
-from tests.serving.fake_engine import FakeEngine, expected_text
-from tests.serving.page_browser import CHROMIUM, WAIT_MS, Server, Tab, contrast, served
 
 _MISSING = [
     *([] if importlib.util.find_spec("playwright") else ["the package playwright"]),
@@ -211,8 +209,10 @@ def test_the_controls_are_what_is_sent(open_page: Open) -> None:
 
 @pytest.mark.parametrize(
     ("control", "typed", "kept"),
-    [("temperature", "9", "2"), ("temperature", "-1", "0"), ("top_p", "0", "0.05"), ("max_tokens", "100000", "200")]
-    + [("top_k", "3.6", "4"), ("temperature", "", "0.8")],
+    [
+        *(("temperature", "9", "2"), ("temperature", "-1", "0"), ("temperature", "", "0.8")),
+        *(("top_p", "0", "0.05"), ("top_k", "3.6", "4"), ("max_tokens", "100000", "200")),
+    ],
 )
 def test_a_value_out_of_range_is_brought_into_it(open_page: Open, control: str, typed: str, kept: str) -> None:
     tab = open_page(FakeEngine())
@@ -470,7 +470,7 @@ def test_nothing_is_wider_than_the_window(open_page: Open, width: int, run_direc
     )
     for selector in ("#send", "#prompt", "#new"):
         box = tab.page.locator(selector).bounding_box()
-        assert 0 <= box["x"] and box["x"] + box["width"] <= width
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
     if width < 1024:
         assert tab.page.locator("#panel").is_hidden()
         tab.button("Settings").click()
