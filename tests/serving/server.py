@@ -63,9 +63,9 @@ def serving(
         try:
             yield running_server
         finally:
-            running_server.client.close()
             server.should_exit = True
             running.join(20)
+            running_server.client.close()
             assert not running.is_alive(), "the server does not stop"
 
 

@@ -1,0 +1,143 @@
+"""The engine's thread alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from tests.serving.fake_engine import FakeEngine, expected_text
+from truthgpt.inference.request import Piece, Sampling
+from truthgpt.serving.engine_thread import BusyError, EngineThread, StoppingError, TextRequest
+from truthgpt.serving.piece_stream import PieceStream
+
+
+def request(tokens: int = 5, seed: int = 0) -> TextRequest:
+    return TextRequest([1, 2], Sampling(max_new_tokens=tokens, seed=seed))
+
+
+async def text_of(stream: PieceStream) -> str:
+    return "".join([piece.text async for _, piece in stream])
+
+
+def test_it_sleeps_without_work_and_steps_only_with_it() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        thread = EngineThread(engine)
+        thread.start()
+        await asyncio.sleep(0.05)
+        assert engine.steps == 0
+        assert await text_of(thread.stream([request(5)])) == expected_text([1, 2], 0, 5)
+        await asyncio.sleep(0.05)
+        assert engine.steps == 5
+        await thread.stop(1)
+
+    asyncio.run(run())
+
+
+def test_waiting_and_running() -> None:
+    async def run() -> None:
+        gate = threading.Semaphore(0)
+        thread = EngineThread(FakeEngine(before_step=lambda: bool(gate.acquire()), slots=1), max_waiting=2)
+        thread.start()
+        streams = [thread.stream([request(3)]), thread.stream([request(3)])]
+        assert (thread.waiting, thread.running) == (2, 0)
+        with pytest.raises(BusyError):
+            thread.stream([request()])
+        gate.release()
+        await anext(streams[0])
+        assert (thread.waiting, thread.running) == (1, 1)
+        assert (thread.load.running, thread.load.waiting) == (1, 1)
+        third = thread.stream([request(3)])
+        third.close()
+        streams[1].close()
+        assert (thread.waiting, thread.running) == (0, 1)
+        assert [item async for item in third] == []
+        gate.release(20)
+        await text_of(streams[0])
+        assert (thread.waiting, thread.running) == (0, 0)
+        await thread.stop(1)
+
+    asyncio.run(run())
+
+
+def test_closing_twice_or_after_the_end_cancels_nothing_more() -> None:
+    async def run() -> None:
+        engine = FakeEngine(step_s=0.005)
+        thread = EngineThread(engine)
+        thread.start()
+        left, whole = thread.stream([request(100)]), thread.stream([request(3)])
+        await left.accepted()
+        left.close()
+        left.close()
+        await text_of(whole)
+        whole.close()
+        await thread.stop(1)
+        assert engine.cancelled == [1]
+
+    asyncio.run(run())
+
+
+def test_stopping() -> None:
+    """No new requests; short ones end, long ones get an error at the deadline and are cancelled."""
+
+    async def run() -> None:
+        engine = FakeEngine(step_s=0.005, context_tokens=None)
+        thread = EngineThread(engine)
+        thread.start()
+        short, long = thread.stream([request(10)]), thread.stream([request(100_000)])
+        await long.accepted()
+        stopping = asyncio.create_task(thread.stop(0.3))
+        await asyncio.sleep(0)
+        assert thread.state == "stopping"
+        with pytest.raises(StoppingError):
+            thread.stream([request()])
+        assert await text_of(short) == expected_text([1, 2], 0, 10)
+        with pytest.raises(StoppingError, match="before the answer was complete"):
+            await text_of(long)
+        await stopping
+        assert engine.cancelled == [2]
+        await thread.stop(1)
+
+    asyncio.run(run())
+
+
+def test_a_loop_that_is_gone_ends_the_thread() -> None:
+    engine = FakeEngine(step_s=0.005, context_tokens=None)
+
+    async def run() -> None:
+        EngineThread.start(thread)
+        await thread.stream([request(100_000)]).accepted()
+
+    thread = EngineThread(engine)
+    asyncio.run(run())
+    thread._thread.join(5)
+    assert not thread._thread.is_alive()
+
+
+def test_pieces_are_joined_until_they_are_taken() -> None:
+    async def run() -> None:
+        stream = PieceStream(2, lambda _: None)
+        stream.put(0, Piece(7, (1,), "a", None))
+        stream.put(1, Piece(8, (2,), "b", "stop"))
+        stream.put(0, Piece(7, (3,), "c", "length"))
+        stream.put(0, Piece(7, (9,), "after the end", None))
+        assert sorted([item async for item in stream]) == [
+            (0, Piece(7, (1, 3), "ac", "length")),
+            (1, Piece(8, (2,), "b", "stop")),
+        ]
+
+    asyncio.run(run())
+
+
+def test_an_error_comes_after_the_text_before_it() -> None:
+    async def run() -> None:
+        stream = PieceStream(1, lambda _: None)
+        stream.put(0, Piece(7, (1,), "a", None))
+        stream.fail(StoppingError("now"))
+        assert (await anext(stream))[1].text == "a"
+        with pytest.raises(StoppingError):
+            await anext(stream)
+
+    asyncio.run(run())

@@ -1,0 +1,241 @@
+"""What happens between clients: many at once, too many, some that leave, and an engine that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.serving.fake_engine import FakeEngine, expected_text
+from tests.serving.server import RunningServer, serving, wait_until
+
+CHAT: list[Any] = [{"role": "user", "content": "Hi"}]
+
+
+class Gate:
+    """Holds an engine's steps back until it is opened; as `before_step`."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+
+    def __call__(self) -> None:
+        assert self.open.wait(20)
+
+
+class Failing:
+    """Raises in the steps whose numbers, counted from 0, are given; as `before_step`."""
+
+    def __init__(self, *steps: int) -> None:
+        self._steps = set(steps)
+        self._step = -1
+
+    def __call__(self) -> None:
+        self._step += 1
+        if self._step in self._steps:
+            raise RuntimeError("the GPU is on fire: secret detail")
+
+
+def test_200_requests_from_32_clients() -> None:
+    """None is lost or mixed up with another, streamed or not, and they are written together."""
+
+    async def one(client: openai.AsyncOpenAI, places: asyncio.Semaphore, number: int) -> tuple[str, str]:
+        prompt, tokens = f"request {number}", 5 + number % 20
+        want = expected_text(list(prompt.encode()), number, tokens)
+        options: dict[str, Any] = {"model": "fake", "prompt": prompt, "max_tokens": tokens, "seed": number}
+        async with places:
+            if number % 2:
+                done = await client.completions.create(**options)
+                return done.choices[0].text, want
+            chunks = await client.completions.create(**options, stream=True)
+            return "".join([chunk.choices[0].text async for chunk in chunks]), want
+
+    async def all_of_them(url: str) -> list[tuple[str, str]]:
+        places = asyncio.Semaphore(32)
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, places, number) for number in range(200)))
+
+    with serving(FakeEngine(step_s=0.002)) as server:
+        start = time.monotonic()
+        results = asyncio.run(all_of_them(server.url))
+        assert time.monotonic() - start < 20
+        assert all(got == want for got, want in results) and len(results) == 200
+        assert len(server.engine.submitted) == 200 and server.engine.cancelled == []
+        assert server.engine.largest_batch > 8
+        assert 'status="200"} 200' in httpx.get(f"{server.url}/metrics").text
+
+
+def start_in_background(server: RunningServer, number: int, results: list[Any], **options: Any) -> threading.Thread:
+    def run() -> None:
+        try:
+            results.append(
+                server.client.completions.create(
+                    **{"model": "fake", "prompt": "x", "max_tokens": 3, "seed": number, **options}
+                )
+            )
+        except openai.APIError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_too_many_waiting_requests_come_again_later() -> None:
+    gate = Gate()
+    with serving(FakeEngine(before_step=gate), max_waiting=3) as server:
+        results: list[Any] = []
+        threads = [start_in_background(server, number, results) for number in range(3)]
+        wait_until(lambda: "truthgpt_requests_waiting 3" in httpx.get(f"{server.url}/metrics").text)
+        with pytest.raises(openai.RateLimitError, match="3 of at most 3 requests are waiting") as caught:
+            server.client.completions.create(model="fake", prompt="x")
+        assert caught.value.response.headers["retry-after"] == "1" and caught.value.code == "too_many_requests"
+        with pytest.raises(openai.BadRequestError, match="4 answers are more than the 3"):
+            server.client.completions.create(model="fake", prompt="x", n=4)
+        gate.open.set()
+        for thread in threads:
+            thread.join()
+        assert [result.choices[0].finish_reason for result in results] == ["length"] * 3
+        # Its own client tries again by itself.
+        server.client.completions.create(model="fake", prompt="x", n=3)
+
+
+def test_choices_are_taken_all_or_none() -> None:
+    gate = Gate()
+    with serving(FakeEngine(before_step=gate), max_waiting=3) as server:
+        results: list[Any] = []
+        thread = start_in_background(server, 0, results, n=2)
+        wait_until(lambda: len(server.engine.submitted) == 2)
+        with pytest.raises(openai.RateLimitError):
+            server.client.completions.create(model="fake", prompt="x", n=2)
+        gate.open.set()
+        thread.join()
+        assert len(results[0].choices) == 2 and len(server.engine.submitted) == 2
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["while text comes", "before the first text"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_cancels_its_request(stream: bool, started: bool) -> None:
+    gate = Gate()
+    engine = FakeEngine(step_s=0.01, context_tokens=None, before_step=gate)
+    if started:
+        gate.open.set()
+    with serving(engine) as server:
+        body = {"prompt": "x", "max_tokens": 5000, "stream": stream}
+        if stream:
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+                if started:
+                    next(answer.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{server.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.3))
+        gate.open.set()
+        wait_until(lambda: engine.cancelled == [1])
+        wait_until(lambda: 'status="499"} 1' in httpx.get(f"{server.url}/metrics").text)
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert "truthgpt_requests_running 0" in metrics and "truthgpt_requests_waiting 0" in metrics
+        # The next one is served, at once.
+        server.client.completions.create(model="fake", prompt="x", max_tokens=2)
+
+
+def test_the_other_choices_are_cancelled_with_it() -> None:
+    engine = FakeEngine(step_s=0.01, context_tokens=None)
+    with serving(engine) as server:
+        body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 5000, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+        wait_until(lambda: sorted(engine.cancelled) == [1, 2, 3, 4])
+
+
+def test_a_client_that_does_not_read_holds_nobody_up() -> None:
+    """What it has not taken waits as one piece a choice."""
+    engine = FakeEngine("a long name " * 400, context_tokens=None)  # so that the connection is full soon
+    with serving(engine) as server:
+        body = {"prompt": "x", "max_tokens": 4_000, "stream": True, "seed": 0}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=20) as answer:
+            wait_until(lambda: engine.steps > 0)
+            assert server.client.completions.create(model=engine.model_name, prompt="y", max_tokens=2)
+            wait_until(lambda: not engine.has_work, 20)
+            lines = [line for line in answer.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]"
+        assert len(lines) < 3_900, "every token came alone"
+        text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1])
+        assert text == expected_text([ord("x")], 0, 4_000)
+
+
+def test_a_step_that_fails_once(caplog: pytest.LogCaptureFixture) -> None:
+    """It ends what was running, with no word of the inside; later requests are served."""
+    with serving(FakeEngine(step_s=0.002, before_step=Failing(3))) as server:
+        with pytest.raises(openai.InternalServerError, match="the engine failed while it wrote") as caught:
+            server.client.completions.create(model="fake", prompt="x", max_tokens=50)
+        assert caught.value.code == "engine_error" and "secret" not in str(caught.value)
+        assert "a step of the engine failed" in caplog.text and "secret detail" in caplog.text
+        assert server.client.completions.create(model="fake", prompt="x", max_tokens=5).choices[0].text
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_step_that_fails_in_a_stream() -> None:
+    with serving(FakeEngine(before_step=Failing(3))) as server:
+        text = ""
+        with pytest.raises(openai.APIError, match="the engine failed while it wrote"):
+            for chunk in server.client.completions.create(model="fake", prompt="x", max_tokens=50, stream=True):
+                text += chunk.choices[0].text
+        assert len(text) == 3
+        assert 'status="500"} 1' in httpx.get(f"{server.url}/metrics").text
+
+
+def test_an_engine_that_keeps_failing_is_given_up() -> None:
+    with serving(FakeEngine(before_step=Failing(*range(100)))) as server:
+        for _ in range(3):
+            with pytest.raises(openai.InternalServerError, match="the engine failed while it wrote"):
+                server.client.completions.create(model="fake", prompt="x")
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError, match="has to be started again"):
+                server.client.completions.create(model="fake", prompt="x", stream=stream)
+        health = httpx.get(f"{server.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert "truthgpt_engine_up 0" in httpx.get(f"{server.url}/metrics").text
+        assert server.engine.steps == 0
+
+
+def test_failures_now_and_then_are_forgiven() -> None:
+    with serving(FakeEngine(before_step=Failing(0, 1, 3, 4, 6, 7))) as server:
+        for _ in range(3):
+            for _ in range(2):
+                with pytest.raises(openai.InternalServerError):
+                    server.client.completions.create(model="fake", prompt="x", max_tokens=1)
+            server.client.completions.create(model="fake", prompt="x", max_tokens=1)
+
+
+def test_a_submission_that_fails_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    submit = engine.submit
+
+    def failing(prompt_ids: Any, sampling: Any) -> int:
+        if prompt_ids == [7]:
+            raise KeyError("bug")
+        return submit(prompt_ids, sampling)
+
+    monkeypatch.setattr(engine, "submit", failing)
+    with serving(engine) as server:
+        with pytest.raises(openai.InternalServerError, match="could not take the request"):
+            server.client.completions.create(model="fake", prompt=[[1], [7]])
+        wait_until(lambda: engine.cancelled == [1])
+        assert server.client.completions.create(model="fake", prompt=[1], max_tokens=2).choices[0].text
+
+
+def test_the_end_lets_answers_end_or_cancels_them() -> None:
+    """The server of these tests gives two seconds."""
+    engine = FakeEngine(step_s=0.01, context_tokens=None)
+    results: list[Any] = []
+    with serving(engine) as server:
+        short = start_in_background(server, 0, results, max_tokens=40)
+        wait_until(lambda: engine.steps > 2)
+    short.join()
+    assert results[0].choices[0].text == expected_text([ord("x")], 0, 40)
+    assert threading.active_count() < 20 and not any(thread.name == "engine" for thread in threading.enumerate())
