@@ -25,14 +25,15 @@ jobs+=("compare.py w4 --epoch --ours tuned --peer hf_trainer:best --out $results
     "compare.py w2 --ours tuned --peer hf_trainer:liger+bf16w+rows=8 --out $results/w2.jsonl"
     "memory.py --models w1 --out $results/memory.jsonl"
     "memory.py --models w2 --out $results/memory.jsonl"
-    "memory.py --models w3 --out $results/memory.jsonl")
+    "memory.py --models w3 --out $results/memory.jsonl"
+    "ballast.py --out $results/ballast.jsonl")
 
 work() { # GPU: every job whose turn it is
     local index documents
     for ((index = $1; index < ${#jobs[@]}; index += gpus)); do
         echo "== GPU $1: ${jobs[index]}"
         documents=(--data "$data")
-        [[ ${jobs[index]} == memory.py* ]] && documents=() # it reads none
+        [[ ${jobs[index]} == memory.py* || ${jobs[index]} == ballast.py* ]] && documents=() # it reads none
         # shellcheck disable=SC2086  # a job is a line of words
         CUDA_VISIBLE_DEVICES=$1 "$python" benchmarks/gpu/${jobs[index]} ${documents[@]+"${documents[@]}"}
     done

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from truthgpt.attention.install import transformers_attention_in
 from truthgpt.build import Components
 from truthgpt.callbacks.base import CallbackList, StateView
 from truthgpt.callbacks.memory_report import MemoryReport
@@ -17,7 +16,9 @@ from truthgpt.callbacks.run_status import RunStatusKeeper
 from truthgpt.config.load import Origin, resolved_yaml
 from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import KeyPath
-from truthgpt.inference.generate import GenerationSettings, generate_texts
+from truthgpt.inference.generate import encode_prompt, generate_texts
+from truthgpt.inference.open_engine import open_engine
+from truthgpt.inference.request import Sampling
 from truthgpt.memory.step_down import PlanInUse
 from truthgpt.models.causal_lm import count_parameters
 from truthgpt.models.trained_weights import has_adapters
@@ -191,20 +192,22 @@ def _speed(components: Components) -> Speed:
 
 def _sampler(config: Config, components: Components) -> Callable[[], list[dict[str, str]]]:
     generate = config.generate
-    settings = GenerationSettings(
+    sampling = Sampling(
         max_new_tokens=generate.max_new_tokens,
         temperature=generate.temperature,
         seed=derive_seed(config.seed, "samples"),
-        use_cache=components.kv_cache.use_cache,
     )
 
     tokenizer = components.tokenizer
 
     def sample() -> list[dict[str, str]]:
-        if tokenizer is None:
+        if tokenizer is None or not generate.prompts:
             return []
-        with transformers_attention_in(components.model):
-            texts = generate_texts(components.model, tokenizer, generate.prompts, settings)
+        lengths = [len(encode_prompt(tokenizer, text)) + sampling.max_new_tokens for text in generate.prompts]
+        with open_engine(
+            components.model, tokenizer, components.kv_cache, components.fallbacks, lengths=lengths
+        ) as engine:
+            texts = generate_texts(engine, tokenizer, generate.prompts, sampling)
             return [{"prompt": text.prompt, "text": text.text} for text in texts]
 
     return sample

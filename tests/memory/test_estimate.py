@@ -54,6 +54,27 @@ def test_peak_is_what_a_gpu_reported(record: dict[str, Any]) -> None:
     assert estimate.peak_bytes == pytest.approx(run["memory"]["peak_allocated_bytes"], rel=LARGEST_ERROR)
 
 
+def grid() -> list[Any]:
+    """Records of the grid, those of one configuration together."""
+    records = [json.loads(line) for line in (BENCHMARKS / "results/memory.jsonl").read_text().splitlines()]
+    together: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        name = f"{record['workload']}-{record['length']}-{'compiled' if record['compiled'] else 'eager'}"
+        together.setdefault(name, []).append(record)
+    assert len(records) >= 34
+    return [pytest.param(group, id=name) for name, group in together.items()]
+
+
+@pytest.mark.parametrize("records", grid())
+def test_peak_with_layers_computed_again_is_what_a_gpu_reported(records: list[dict[str, Any]]) -> None:
+    config = load_config(str(BENCHMARKS / f"gpu/{records[0]['workload']}.yaml"), records[0]["run"]["overrides"])
+    cost = cost_of(config)
+    for record in records:
+        estimate = cost.memory(MemoryPlan(rows_per_micro_batch(config), 1, record["checkpointed"]))
+        measured = record["run"]["memory"]["peak_allocated_bytes"]
+        assert estimate.peak_bytes == pytest.approx(measured, rel=0.03), record["checkpointed"]
+
+
 def needed(workload: str) -> list[str]:
     return ["data.path=x"] if workload == "w4" else []
 

@@ -38,3 +38,29 @@ def varlen_attention(
     )
     assert isinstance(output, torch.Tensor)  # a pair only with `return_aux`
     return output.view(batch, length, *output.shape[1:])
+
+
+def varlen_between(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    longest: tuple[int, int],
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention of the last positions of several sequences: `(N, H, D)` over `(S, H_kv, D)` to `(N, H, D)`.
+
+    Args:
+        borders: int32 `(2, B + 1)`: where each sequence's queries and keys begin; its last query sees its last key.
+        longest: the most queries and keys of a sequence.
+    """
+    behind = -1 if window is None else window - 1
+    output = varlen_attn(
+        *(query, key, value, borders[0], borders[1], *longest),
+        scale=scaling,
+        window_size=(behind, 0),
+        **_GROUPED,
+    )
+    assert isinstance(output, torch.Tensor)  # a pair only with `return_aux`
+    return output

@@ -2,57 +2,86 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import typer
 
 from truthgpt.cli.output import emit_json, say
-from truthgpt.errors import ConfigError, DataError
+from truthgpt.cli.sizes import parse_size
+from truthgpt.errors import ConfigError, DataError, RunDirectoryError
 
 
 class KVCache(StrEnum):
     """Choices of `--kv-cache`."""
 
-    auto = "auto"
+    paged = "paged"
     none = "none"
+
+
+class ComputeType(StrEnum):
+    """Choices of `--dtype`."""
+
+    auto = "auto"
+    float32 = "float32"
+    bf16 = "bf16"
 
 
 def generate(
     target: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|HF_DIR", help="What to load.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Prompt to continue; repeatable.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="Text file with one prompt a line.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help='A prompt a line; a .jsonl file has {"prompt": ...} a line; -: standard input.'),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="New tokens a prompt.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that sum up to this; 1: all.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Makes tokens of the text less likely; 1: off.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends an answer; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    kv_cache: Annotated[KVCache, typer.Option(help="auto: transformers' own cache; none: no cache.")] = KVCache.auto,
+    kv_cache: Annotated[
+        KVCache, typer.Option(help="paged: keep what was seen, in blocks; none: run the whole text for every token.")
+    ] = KVCache.paged,
+    block_size: Annotated[int, typer.Option(help="Positions of a block of the paged cache.", min=1)] = 16,
+    cache_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of the paged cache, such as 4GiB.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu or mps.")] = "auto",
+    dtype: Annotated[
+        ComputeType, typer.Option(help="auto: bf16 on a GPU that has it, float32 elsewhere.")
+    ] = ComputeType.auto,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the answers to this file, one JSON object a line.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Continue prompts with a run's model, a checkpoint or a Hugging Face folder."""
     texts = _prompts(prompt, prompts)
-    from truthgpt.inference.generate import GenerationSettings, generate_texts
-    from truthgpt.load_model import load_model
-    from truthgpt.runtime.device import choose_device
+    size = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
+    from truthgpt.inference.generate import generate_texts
+    from truthgpt.inference.request import Sampling
+    from truthgpt.serve_model import ServingOptions, open_text_model
 
-    settings = GenerationSettings(
-        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, use_cache=kv_cache is KVCache.auto
-    )
-    loaded = load_model(target, choose_device(device))
-    if loaded.tokenizer is None:
-        raise ConfigError(
-            f"{target}: a {type(loaded.model).__name__} writes no text; truthgpt eval says how good it is"
-        )
+    sampling = Sampling(*(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed), stop=tuple(stop or ()))
+    options = ServingOptions(device, dtype.value, kv_cache.value, block_size, size)
     generations = []
-    for generation in generate_texts(loaded.model, loaded.tokenizer, texts, settings):
-        generations.append(asdict(generation))
-        if json_output:
-            say(f"{len(generations)}/{len(texts)} prompts")
-        else:
-            typer.echo(f"{generation.prompt}{generation.text}\n")
+    with open_text_model(target, options) as model, _lines(out) as file:
+        for generation in generate_texts(model.engine, model.tokenizer, texts, sampling):
+            generations.append(asdict(generation))
+            if file is not None:
+                file.write(json.dumps(generations[-1]) + "\n")
+            if json_output or file is not None:
+                say(f"{len(generations)}/{len(texts)} prompts")
+            else:
+                typer.echo(f"{generation.prompt}{generation.text}\n")
     if json_output:
         emit_json(generations)
 
@@ -67,7 +96,33 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
         lines = (sys.stdin if str(file) == "-" else file.open(encoding="utf-8")).read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts: {file} cannot be read: {error}") from error
-    prompts = [line for line in lines if line.strip()]
+    if file.suffix == ".jsonl":
+        prompts = [_prompt_of(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"--prompts: {file} holds no prompt; write one a line")
     return prompts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"--prompts: {where}: no JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise DataError(f'--prompts: {where}: expected an object with a text "prompt", such as {{"prompt": "Once"}}')
+    return str(row["prompt"])
+
+
+@contextmanager
+def _lines(out: Path | None) -> Iterator[IO[str] | None]:
+    if out is None:
+        yield None
+        return
+    try:
+        file = out.open("w", encoding="utf-8")
+    except OSError as error:
+        raise RunDirectoryError(f"--out: {out} cannot be written: {error}") from error
+    with file:
+        yield file

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from truthgpt.cli.configuration import AllowPlugins, ConfigArguments, read_config
 from truthgpt.cli.output import emit_json, print_table, say
+from truthgpt.cli.sizes import parse_size
 from truthgpt.errors import OutOfMemoryError
 
 if TYPE_CHECKING:
     from truthgpt.plan_run import RunPlan
 
 _GIB = 2**30
-_UNITS = {"": _GIB, "gib": _GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
 def plan(
@@ -28,7 +27,7 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Say what a run takes: memory by part, the way its steps are cut up, and time. Nothing is trained or read."""
-    size = None if gpu_memory is None else _bytes(gpu_memory)
+    size = None if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory")
     config = read_config(arguments or [], allow_plugins)
 
     from truthgpt.plan_run import plan_run
@@ -42,13 +41,6 @@ def plan(
         if json_output:
             raise typer.Exit(OutOfMemoryError.exit_code)
         raise OutOfMemoryError(found.problem or "the run as configured does not fit")
-
-
-def _bytes(size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", size.strip().lower())
-    if match is None or match[2] not in _UNITS or not float(match[1]):
-        raise typer.BadParameter(f"{size!r} is no size; write 80GiB, 80GB or 81559MiB", param_hint="--gpu-memory")
-    return round(float(match[1]) * _UNITS[match[2]])
 
 
 def _print(found: RunPlan) -> None:

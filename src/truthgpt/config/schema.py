@@ -45,7 +45,8 @@ class KVCacheConfig(Section):
     model_config = ConfigDict(extra="allow")
 
     type: str = "none"
-    """Kind of key-value cache. `none` keeps no cache, which is right for training."""
+    """How samples keep the keys and values of tokens they have seen: `paged` in blocks; `none` not at all, which takes
+    no memory from training and is slow for long samples."""
     block_size: Positive = 128
     """Tokens a block of a paged cache."""
 

@@ -18,3 +18,11 @@ def build_none() -> KVCachePolicy:
     from truthgpt.kv_cache.none import NoKVCache
 
     return NoKVCache()
+
+
+@KV_CACHES.register("paged", options=NoOptions)
+def build_paged(block_size: int) -> KVCachePolicy:
+    """Blocks of a few positions, taken on demand and shared by texts with the same beginning."""
+    from truthgpt.kv_cache.paged import PagedKVCache
+
+    return PagedKVCache(block_size)

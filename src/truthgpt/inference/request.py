@@ -43,7 +43,7 @@ class Sampling:
             ("temperature", "0 (greedy) or more", math.isfinite(self.temperature) and self.temperature >= 0),
             ("top_k", "0 (all tokens) or more", self.top_k >= 0),
             ("top_p", "more than 0, at most 1", 0 < self.top_p <= 1),
-            ("repetition_penalty", "more than 0", math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0),
+            ("repetition_penalty", "more than 0", 0 < self.repetition_penalty < math.inf),
             ("stop", "texts that are not empty", all(self.stop)),
         ):
             if not found:

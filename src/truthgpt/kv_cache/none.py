@@ -9,4 +9,4 @@ from dataclasses import dataclass
 class NoKVCache:
     """Keeps nothing: right for training, and the slow reference for generation."""
 
-    use_cache: bool = False
+    keeps: bool = False

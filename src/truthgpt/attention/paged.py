@@ -1,0 +1,170 @@
+"""Attention over keys and values that lie in the blocks of a paged cache, as transformers' models call it.
+
+The tokens of all sequences stand one after the other in one row. Where a GPU's kernels serve, one new token a sequence
+goes through `paged_kernels`, several through PyTorch's variable-length flash attention; anything else is computed one
+sequence at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from truthgpt.attention.gpu import HALF, MAX_HEAD_SIZE
+from truthgpt.attention.varlen import varlen_between
+from truthgpt.runtime.device import has_triton
+
+if has_triton():
+    from truthgpt.attention.paged_kernels import paged_decode, write_pages
+
+KEY_PAGES, VALUE_PAGES = "truthgpt_key_pages", "truthgpt_value_pages"
+"""Attributes of an attention module: its layer's part of the cache."""
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """Where the tokens of a forward pass stand: sequence i has `counts[i]` new ones behind `starts[i]` old ones.
+
+    Attributes:
+        slots: int64 `(N,)`: where in the flattened pages each token's keys and values go; -1: nowhere (padding).
+        block_tables: int32 `(B, M)`: the blocks of each sequence; what lies beyond them is 0.
+        lengths: int32 `(B,)`: positions of each sequence, the new ones included.
+        starts, counts, blocks: the same for the host; empty where every sequence has one new token and a GPU's
+            kernels read the tables.
+        borders: int32 `(2, B + 1)`: where each sequence's queries and keys begin, for several new tokens on a GPU.
+        seen: int64: slots of all positions of all sequences; None: there are new ones only.
+        kernels: a GPU with Triton runs it.
+    """
+
+    slots: torch.Tensor
+    block_tables: torch.Tensor
+    lengths: torch.Tensor
+    starts: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    blocks: tuple[tuple[int, ...], ...] = ()
+    borders: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    kernels: bool = False
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    paged: PagedStep,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface for `(1, H, N, D)`: stores the new keys and values, then attends.
+
+    What else models pass (position ids, cache flags) says nothing that attention depends on; a model for which it
+    does is found by the probe.
+    """
+    del attention_mask, dropout, others
+    keys, values = getattr(module, KEY_PAGES), getattr(module, VALUE_PAGES)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (N, H_kv, D)
+    flash = query.dtype in HALF and query.shape[-1] <= MAX_HEAD_SIZE and softcap is None
+    if paged.kernels:
+        write_pages(new_keys.to(keys.dtype), new_values.to(keys.dtype), keys, values, paged.slots)
+    else:
+        keys.flatten(0, 1).index_copy_(0, paged.slots, new_keys.to(keys.dtype))
+        values.flatten(0, 1).index_copy_(0, paged.slots, new_values.to(keys.dtype))
+    queries = query[0].transpose(0, 1)  # (N, H, D)
+    if not paged.counts:
+        output = paged_decode(
+            queries, keys, values, paged.block_tables, paged.lengths, scaling, sliding_window, softcap
+        )
+    elif flash and paged.borders is not None:
+        if paged.seen is not None:
+            new_keys, new_values = (pages.flatten(0, 1)[paged.seen] for pages in (keys, values))
+        longest = max(paged.counts), max(s + n for s, n in zip(paged.starts, paged.counts, strict=True))
+        output = varlen_between(queries, new_keys, new_values, paged.borders, longest, scaling, sliding_window)
+    else:
+        output = _one_by_one(queries, keys, values, paged, scaling, sliding_window, softcap)
+    return output.unsqueeze(0), None
+
+
+def _one_by_one(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    paged: PagedStep,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    outputs = []
+    parts = torch.split(queries, list(paged.counts))
+    for start, of_sequence, blocks in zip(paged.starts, parts, paged.blocks, strict=True):
+        total = start + of_sequence.shape[0]
+        first = 0 if window is None else max(0, start + 1 - window)  # what no new token can see is left out
+        seen_keys, seen_values = (_positions(pages, blocks, first, total) for pages in (keys, values))
+        if softcap is None:
+            outputs.append(_plain(of_sequence, seen_keys, seen_values, scaling, window))
+        else:
+            outputs.append(_softcapped(of_sequence, seen_keys, seen_values, scaling, window, softcap))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _positions(pages: torch.Tensor, blocks: tuple[int, ...], first: int, end: int) -> torch.Tensor:
+    """Positions `first` to `end` of a sequence, `(H_kv, T, D)`; a view where its blocks follow one another."""
+    size = pages.shape[1]
+    skipped = first // size
+    blocks = blocks[skipped : -(-end // size)]
+    if blocks[-1] - blocks[0] == len(blocks) - 1 and all(b == blocks[0] + i for i, b in enumerate(blocks)):
+        whole = pages[blocks[0] : blocks[-1] + 1]
+    else:
+        whole = pages[list(blocks)]
+    return whole.flatten(0, 1)[first - skipped * size : end - skipped * size].transpose(0, 1)
+
+
+def _plain(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """`(n, H, D)` queries, the last of `(H_kv, T, D)` keys: `(n, H, D)`."""
+    new, heads, size = queries.shape
+    groups = heads // keys.shape[0]
+    # The query heads that share keys stand as further rows, so that no key is repeated.
+    rows = queries.view(new, keys.shape[0], groups, size).permute(1, 2, 0, 3).reshape(keys.shape[0], groups * new, size)
+    mask = None
+    if new > 1:
+        mask = _visible(new, keys.shape[1], window, queries.device).repeat(groups, 1)
+    output = F.scaled_dot_product_attention(rows[None], keys[None], values[None], attn_mask=mask, scale=scaling)
+    return output[0].view(keys.shape[0], groups, new, size).permute(2, 0, 1, 3).reshape(new, heads, size)
+
+
+def _softcapped(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float,
+) -> torch.Tensor:
+    """The same with scores that are bent: `softcap * tanh(scores / softcap)` (Gemma 2)."""
+    new, heads, _ = queries.shape
+    keys, values = (t.repeat_interleave(heads // t.shape[0], dim=0).float() for t in (keys, values))
+    scores = torch.einsum("nhd,htd->hnt", queries.float(), keys) * scaling
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_visible(new, keys.shape[1], window, queries.device), float("-inf"))
+    return torch.einsum("hnt,htd->nhd", scores.softmax(dim=-1), values).to(queries.dtype)
+
+
+def _visible(new: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool `(new, total)`: which positions each of the last `new` sees."""
+    distance = torch.arange(total - new, total, device=device)[:, None] - torch.arange(total, device=device)[None]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

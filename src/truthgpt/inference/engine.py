@@ -1,0 +1,249 @@
+"""Writes many answers at once: requests come and go at every step (continuous batching, Yu et al. 2022).
+
+A step runs at most two forward passes: prompts, as many of their tokens as the budget allows, and one new token of
+every answer that has begun. When the cache is full, the request that came last gives its blocks back and is computed
+again later; its text stays what it was, since its random numbers depend on nothing but itself.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from truthgpt.errors import ConfigError
+from truthgpt.inference.request import FinishReason, Piece, Sampling
+from truthgpt.inference.runner import Runner
+from truthgpt.inference.sampling import sample
+from truthgpt.inference.stop_tokens import stop_token_ids
+from truthgpt.inference.text_stream import TextStream
+from truthgpt.inference.token_sequence import TokenSequence
+from truthgpt.kv_cache.blocks import OutOfBlocks
+
+_BEGINNING = 16
+"""Tokens that two prompts have in common before one of them waits for the other's blocks."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much is done at once.
+
+    Args:
+        sequences: answers that are written at the same time.
+        prompt_tokens: tokens of prompts a step, over all requests: answers wait for them.
+    """
+
+    sequences: int = 256
+    prompt_tokens: int = 8192
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """Requests that are answered and that wait, and positions of the cache in all and in use (0: no cache)."""
+
+    running: int
+    waiting: int
+    cache_tokens: int
+    cache_used_tokens: int
+
+
+class Engine:
+    """Answers requests, a token of each a step. Not for several threads at once.
+
+    Args:
+        model: in evaluation mode, set up for `runner`.
+        tokenizer: the tokenizer it was trained with.
+        runner: runs it.
+        model_name: what the model is called.
+
+    Attributes:
+        context_tokens: positions the model has; None: no limit is known.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        runner: Runner,
+        limits: EngineLimits,
+        model_name: str = "",
+    ) -> None:
+        self.model_name = model_name
+        self.context_tokens = context_tokens(model)
+        self._tokenizer = tokenizer
+        self._runner = runner
+        self._limits = limits
+        self._vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        self._stop_ids = frozenset(stop_token_ids(model, tokenizer))
+        self._next_id = 0
+        self._waiting: deque[TokenSequence] = deque()
+        self._running: list[TokenSequence] = []  # in the order they were admitted
+
+    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> int:
+        """Ask for an answer; returns the id that its pieces carry.
+
+        Raises:
+            ConfigError: an empty prompt, one longer than the model's context or the cache, or a token that is not the
+                model's.
+        """
+        self._check(prompt_ids)
+        limit = sampling.max_new_tokens
+        if self.context_tokens is not None:
+            limit = min(limit, self.context_tokens + 1 - len(prompt_ids))
+        needed = len(prompt_ids) + limit - 1  # the last token's keys and values are never needed
+        if 0 < self._runner.positions < needed:
+            raise ConfigError(
+                f"the prompt of {len(prompt_ids)} tokens and {limit} new ones need {needed} positions of the cache, "
+                f"which has {self._runner.positions}: ask for fewer new tokens, or give the cache more memory"
+            )
+        stream = TextStream(self._tokenizer, prompt_ids, sampling.stop)
+        sequence = TokenSequence(self._next_id, sampling, list(prompt_ids), len(prompt_ids), limit, stream)
+        self._next_id += 1
+        self._waiting.append(sequence)
+        return sequence.request_id
+
+    def cancel(self, request_id: int) -> None:
+        """Break off a request; one that is unknown or answered is ignored."""
+        for sequence in (*self._running, *self._waiting):
+            if sequence.request_id == request_id:
+                sequence.cancelled = True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is not answered yet."""
+        return bool(self._waiting or self._running)
+
+    def load(self) -> EngineLoad:
+        """What is being done now."""
+        runner = self._runner
+        return EngineLoad(len(self._running), len(self._waiting), runner.positions, runner.used_positions)
+
+    def step(self) -> list[Piece]:
+        """Read prompts, and write one token of every answer that has begun; what came of it."""
+        pieces = self._drop_cancelled()
+        decoding = [s for s in self._running if s.pending == 1]
+        pieces += self._advance(self._prompts_in_budget())
+        pieces += self._advance(self._with_room([s for s in decoding if s in self._running]))
+        return pieces
+
+    def abandon(self) -> None:
+        """Forget all requests, for example after an error in a step."""
+        for sequence in self._running:
+            self._runner.release(sequence)
+        self._running.clear()
+        self._waiting.clear()
+
+    def _check(self, prompt_ids: Sequence[int]) -> None:
+        if not prompt_ids:
+            raise ConfigError("the prompt is empty: give one token at least")
+        if self.context_tokens is not None and len(prompt_ids) > self.context_tokens:
+            raise ConfigError(
+                f"the prompt has {len(prompt_ids)} tokens, the model's context {self.context_tokens}: shorten it"
+            )
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._vocab_size:
+            bad = next(token for token in prompt_ids if not 0 <= token < self._vocab_size)
+            raise ConfigError(
+                f"token id {bad} is not in the model's vocabulary of {self._vocab_size}; use the tokenizer the model "
+                "was trained with"
+            )
+
+    def _drop_cancelled(self) -> list[Piece]:
+        cancelled = [s for s in (*self._running, *self._waiting) if s.cancelled]
+        if cancelled:
+            for sequence in cancelled:
+                if sequence in self._running:
+                    self._runner.release(sequence)
+            self._running = [s for s in self._running if not s.cancelled]
+            self._waiting = deque(s for s in self._waiting if not s.cancelled)
+        return [Piece(s.request_id, (), s.stream.finish(), "cancelled") for s in cancelled]
+
+    def _prompts_in_budget(self) -> list[tuple[TokenSequence, int]]:
+        """The tokens of prompts that this step runs: those that have begun first, then new ones while there is room."""
+        budget = self._limits.prompt_tokens
+        work: list[tuple[TokenSequence, int]] = []
+        beginnings: set[tuple[int, ...]] = set()
+        for sequence in [s for s in self._running if s.pending > 1]:
+            if budget > 0 and self._reserved(sequence, count := min(sequence.pending, budget)):
+                work.append((sequence, count))
+                beginnings.add(_beginning(sequence))
+                budget -= count
+        while budget > 0 and self._waiting and len(self._running) < self._limits.sequences:
+            sequence = self._waiting[0]
+            if self._shared_soon(sequence, beginnings):
+                break  # the next step finds what this one computes
+            self._runner.start(sequence)
+            count = min(sequence.pending, budget)
+            if not self._reserved(sequence, count):
+                self._runner.release(sequence)
+                break
+            self._running.append(self._waiting.popleft())
+            work.append((sequence, count))
+            beginnings.add(_beginning(sequence))
+            budget -= count
+        return work
+
+    def _shared_soon(self, sequence: TokenSequence, beginnings: set[tuple[int, ...]]) -> bool:
+        """Whether a prompt that is run in this step begins as `sequence` does, for a block at least."""
+        return self._runner.positions > 0 and len(sequence.tokens) > _BEGINNING and _beginning(sequence) in beginnings
+
+    def _reserved(self, sequence: TokenSequence, count: int) -> bool:
+        try:
+            self._runner.reserve(sequence, count)
+        except OutOfBlocks:
+            return False
+        return True
+
+    def _with_room(self, sequences: list[TokenSequence]) -> list[tuple[TokenSequence, int]]:
+        """One token each; who came last makes room for who came first."""
+        work = []
+        for sequence in sequences:
+            while sequence in self._running and not self._reserved(sequence, 1):
+                self._preempt(self._running[-1])
+            if sequence in self._running:
+                work.append((sequence, 1))
+        return work
+
+    def _preempt(self, sequence: TokenSequence) -> None:
+        self._running.remove(sequence)
+        self._runner.release(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _advance(self, work: list[tuple[TokenSequence, int]]) -> list[Piece]:
+        """Run `work`, and choose a token for every sequence of which nothing is left to run."""
+        if not work:
+            return []
+        logits = self._runner.run(work)
+        rows = [row for row, (sequence, _) in enumerate(work) if sequence.pending == 0]
+        if not rows:
+            return []
+        chosen = [work[row][0] for row in rows]
+        if len(rows) < len(work):
+            logits = logits[torch.tensor(rows, device=logits.device)]
+        tokens = sample(
+            logits, [s.sampling for s in chosen], [s.written for s in chosen], [s.tokens for s in chosen]
+        ).tolist()
+        return [self._write(sequence, token) for sequence, token in zip(chosen, tokens, strict=True)]
+
+    def _write(self, sequence: TokenSequence, token: int) -> Piece:
+        sequence.tokens.append(token)
+        text = sequence.stream.push([token])
+        finish: FinishReason | None = sequence.finish_reason(self._stop_ids)
+        if finish is not None:
+            text += sequence.stream.finish()
+            self._running.remove(sequence)
+            self._runner.release(sequence)
+        return Piece(sequence.request_id, (token,), text, finish)
+
+
+def context_tokens(model: PreTrainedModel) -> int | None:
+    """Positions the model has; None where its configuration sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def _beginning(sequence: TokenSequence) -> tuple[int, ...]:
+    """Two sequences that share it can share blocks."""
+    return tuple(sequence.tokens[:_BEGINNING])

@@ -1,0 +1,115 @@
+"""An engine over a model, for as long as it is needed: afterwards the model is as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from truthgpt.attention.install import transformers_attention_in
+from truthgpt.errors import ConfigError
+from truthgpt.inference.engine import Engine, EngineLimits
+from truthgpt.inference.paged_runner import PagedRunner, attention_layers, paged_model, paged_obstacle
+from truthgpt.inference.runner import OneByOneRunner, Runner
+from truthgpt.kv_cache.base import KVCachePolicy, LayerShape
+from truthgpt.kv_cache.paged import PagedKVCache, block_bytes
+from truthgpt.runtime.device import free_memory_bytes
+from truthgpt.runtime.fallbacks import Fallbacks
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.85
+"""The part of a GPU's free memory that the cache takes when nothing is said; the rest is for activations and logits."""
+HOST_BYTES = 2 * 2**30
+"""What it takes at most on other devices."""
+
+
+@contextmanager
+def open_engine(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: KVCachePolicy,
+    fallbacks: Fallbacks,
+    limits: EngineLimits | None = None,
+    cache_bytes: int | None = None,
+    lengths: Sequence[int] | None = None,
+    model_name: str = "",
+) -> Iterator[Engine]:
+    """An engine that runs `model`; its mode, attention and weights are as before afterwards.
+
+    Args:
+        policy: which cache to keep. A model that cannot use a paged one keeps transformers' own, with one line.
+        limits: how much is done at once.
+        cache_bytes: memory of a paged cache; None: most of what a GPU has free, or 2 GiB elsewhere.
+        lengths: positions that each request needs, for a cache that holds no more than all of them; None: not known.
+
+    Raises:
+        ConfigError: the cache would not hold a single block.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        # Every length would be compiled anew.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        runner = _paged(model, policy, fallbacks, cache_bytes, lengths, stack)
+        if runner is None:
+            stack.enter_context(transformers_attention_in(model))
+            runner = OneByOneRunner(model, use_cache=policy.keeps)
+        yield Engine(model, tokenizer, runner, limits or EngineLimits(), model_name)
+
+
+def _paged(
+    model: PreTrainedModel,
+    policy: KVCachePolicy,
+    fallbacks: Fallbacks,
+    cache_bytes: int | None,
+    lengths: Sequence[int] | None,
+    stack: ExitStack,
+) -> Runner | None:
+    """A runner with a paged cache; None: there is to be none, or `model` cannot use it."""
+    if not isinstance(policy, PagedKVCache):
+        return None
+    size = policy.block_size
+    layers, shapes, dtype = attention_layers(model)
+    reason = paged_obstacle(model, layers, shapes, dtype)
+    if reason is not None:
+        fallbacks.take("model.kv_cache.type", "paged", "transformers' own cache, one sequence at a time", reason)
+        return None
+    count = _blocks(model.device, shapes, size, dtype, cache_bytes, lengths)
+    cache = policy.allocate(shapes, count, dtype, model.device)
+    stack.enter_context(paged_model(model, layers, cache))
+    return PagedRunner(model, cache)
+
+
+def _blocks(
+    device: torch.device,
+    shapes: list[LayerShape],
+    size: int,
+    dtype: torch.dtype,
+    cache_bytes: int | None,
+    lengths: Sequence[int] | None,
+) -> int:
+    if cache_bytes is None:
+        free = free_memory_bytes(device) if device.type == "cuda" else None
+        cache_bytes = HOST_BYTES if free is None else int(SHARE * free)
+    count = cache_bytes // block_bytes(shapes, size, dtype)
+    if count < 1:
+        raise ConfigError(
+            f"a block of {size} positions takes {block_bytes(shapes, size, dtype):,} bytes, the cache has "
+            f"{cache_bytes:,}: give it more memory"
+        )
+    return count if lengths is None else min(count, sum(-(-length // size) for length in lengths))
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module has the mode it had, frozen parts too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

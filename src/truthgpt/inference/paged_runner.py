@@ -1,0 +1,211 @@
+"""Runs many sequences at once through a model whose keys and values lie in a paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from truthgpt.attention.install import install_attention, transformers_attention_in
+from truthgpt.attention.paged import KEY_PAGES, VALUE_PAGES, PagedStep, paged_attention
+from truthgpt.attention.probe import HALF_TOLERANCE, TOLERANCE
+from truthgpt.inference.runner import Work, logits_to_keep
+from truthgpt.inference.token_sequence import TokenSequence
+from truthgpt.kv_cache.base import LayerShape
+from truthgpt.kv_cache.paged import KVPages
+from truthgpt.runtime.device import has_triton
+
+PROBE_TOKENS, PROBE_BLOCK = 40, 4
+
+
+class PagedRunner:
+    """All sequences in one forward pass: their next tokens stand in one row, and attention looks them up in the cache.
+
+    Args:
+        model: attends through `paged_attention`, its layers have their part of `cache` (`paged_model`).
+        cache: the memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: KVPages) -> None:
+        self._model = model
+        self._cache = cache
+        self._kernels = model.device.type == "cuda" and has_triton()
+        self._logits_to_keep = logits_to_keep(model)
+
+    @property
+    def positions(self) -> int:
+        """See `Runner`."""
+        return self._cache.pool.blocks * self._cache.pool.block_size
+
+    @property
+    def used_positions(self) -> int:
+        """See `Runner`."""
+        return self._cache.pool.held_positions
+
+    def start(self, sequence: TokenSequence) -> None:
+        """See `Runner`: what another sequence with the same beginning has computed is shared."""
+        sequence.kept = self._cache.pool.begin(sequence.tokens)
+        sequence.computed = sequence.kept.length
+
+    def reserve(self, sequence: TokenSequence, tokens: int) -> None:
+        """See `Runner`."""
+        self._cache.copy(self._cache.pool.reserve(sequence.kept, tokens))
+
+    def release(self, sequence: TokenSequence) -> None:
+        """See `Runner`."""
+        self._cache.pool.release(sequence.kept)
+        sequence.kept, sequence.computed = None, 0
+
+    @torch.no_grad()
+    def run(self, work: Work) -> torch.Tensor:
+        """See `Runner`."""
+        new = [sequence.tokens[sequence.computed : sequence.computed + count] for sequence, count in work]
+        starts = [sequence.computed for sequence, _ in work]
+        logits = self.forward(new, starts, [tuple(sequence.kept.blocks) for sequence, _ in work])
+        for (sequence, count), tokens in zip(work, new, strict=True):
+            self._cache.pool.commit(sequence.kept, tokens)
+            sequence.computed += count
+        return logits
+
+    def forward(
+        self, new: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[tuple[int, ...]]
+    ) -> torch.Tensor:
+        """Logits `(B, V)` behind each sequence's `new` tokens, which stand behind `starts` others in its `tables`."""
+        device = self._model.device
+        counts = [len(tokens) for tokens in new]
+        positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+        ids = torch.tensor([token for tokens in new for token in tokens], device=device)
+        last = torch.tensor(list(accumulate(counts)), device=device) - 1
+        output = self._model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=torch.from_numpy(positions).to(device).unsqueeze(0),
+            use_cache=False,
+            paged=self._step(starts, counts, tables),
+            **self._logits_to_keep(last),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits if len(logits) == len(counts) else logits[last]
+
+    def _step(self, starts: Sequence[int], counts: Sequence[int], tables: Sequence[tuple[int, ...]]) -> PagedStep:
+        device, size = self._model.device, self._cache.pool.block_size
+        totals = [s + n for s, n in zip(starts, counts, strict=True)]
+        every = [_slots(table, size, total) for table, total in zip(tables, totals, strict=True)]
+        slots = np.concatenate([of_all[start:] for of_all, start in zip(every, starts, strict=True)])
+        rows = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+        for row, table in zip(rows, tables, strict=True):
+            row[: len(table)] = table
+        decoding = self._kernels and max(counts) == 1
+        several = device.type == "cuda" and not decoding
+        return PagedStep(
+            slots=torch.from_numpy(slots).to(device),
+            block_tables=torch.from_numpy(rows).to(device),
+            lengths=torch.tensor(totals, dtype=torch.int32, device=device),
+            starts=() if decoding else tuple(starts),
+            counts=() if decoding else tuple(counts),
+            blocks=() if decoding else tuple(tables),
+            borders=_borders(counts, totals).to(device) if several else None,
+            seen=torch.from_numpy(np.concatenate(every)).to(device) if several and any(starts) else None,
+            kernels=self._kernels,
+        )
+
+
+def _slots(table: tuple[int, ...], size: int, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where in the flattened pages the first `total` positions of a sequence are."""
+    return (np.array(table, dtype=np.int64)[:, None] * size + np.arange(size)).ravel()[:total]
+
+
+def _borders(counts: Sequence[int], totals: Sequence[int]) -> torch.Tensor:
+    sides = [[0, *accumulate(counts)], [0, *accumulate(totals)]]
+    return torch.tensor(sides, dtype=torch.int32)
+
+
+@contextmanager
+def paged_model(model: PreTrainedModel, layers: Sequence[torch.nn.Module], cache: KVPages) -> Iterator[None]:
+    """`model` attends through the paged cache inside: each attention module has its layer's pages."""
+    configured = str(model.config._attn_implementation)
+    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        setattr(layer, KEY_PAGES, keys)
+        setattr(layer, VALUE_PAGES, values)
+    model.set_attn_implementation(install_attention("paged", paged_attention))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(configured)
+        for layer in layers:
+            delattr(layer, KEY_PAGES)
+            delattr(layer, VALUE_PAGES)
+
+
+def attention_layers(model: PreTrainedModel) -> tuple[list[torch.nn.Module], list[LayerShape], torch.dtype]:
+    """The modules of `model` that attend, in their order, the shapes of their keys, and their type.
+
+    Found by running two tokens: names and configurations differ from family to family.
+    """
+    seen: list[tuple[torch.nn.Module, LayerShape, torch.dtype]] = []
+
+    def note(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        seen.append((module, LayerShape(key.shape[1], key.shape[3]), key.dtype))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    configured = str(model.config._attn_implementation)
+    model.set_attn_implementation(install_attention("noted", note))
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        model.set_attn_implementation(configured)
+    if not seen:
+        return [], [], model.dtype
+    modules, shapes, dtypes = zip(*seen, strict=True)
+    return list(modules), list(shapes), dtypes[0]
+
+
+def paged_obstacle(
+    model: PreTrainedModel, layers: Sequence[torch.nn.Module], shapes: Sequence[LayerShape], dtype: torch.dtype
+) -> str | None:
+    """Why `model` cannot use a paged cache; None: it can, as measured.
+
+    A few random tokens run through it in two parts and one more, and give the logits of one pass with transformers' own
+    attention.
+    """
+    name = type(model).__name__
+    if len(layers) != model.config.get_text_config().num_hidden_layers or len(set(layers)) != len(layers):
+        return f"not every layer of {name} attends through transformers' interface"
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None:
+        return f"{name} looks back by chunks"
+    tokens = PROBE_TOKENS
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = min(tokens, limit or tokens)
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    ids = torch.randint(0, vocab_size, (tokens,), generator=generator).tolist()
+    cache = KVPages(shapes, -(-tokens // PROBE_BLOCK), PROBE_BLOCK, dtype, model.device)
+    try:
+        with torch.no_grad():
+            with transformers_attention_in(model):
+                wanted = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
+            with paged_model(model, layers, cache):
+                found = _in_parts(PagedRunner(model, cache), cache, ids)
+    except (TypeError, ValueError) as error:
+        return f"{name} cannot run with it: {str(error).splitlines()[0]}"
+    error_size = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    tolerance = TOLERANCE if wanted.dtype == torch.float32 else HALF_TOLERANCE
+    return None if error_size <= tolerance else f"the logits of {name} would be off by {error_size:.1e}"
+
+
+def _in_parts(runner: PagedRunner, cache: KVPages, ids: list[int]) -> torch.Tensor:
+    """Logits behind the last of `ids`, which run in three passes."""
+    table = cache.pool.begin(ids)
+    cache.pool.reserve(table, len(ids))
+    logits = torch.empty(0)
+    for begin, end in ((0, len(ids) // 2), (len(ids) // 2, len(ids) - 1), (len(ids) - 1, len(ids))):
+        if begin < end:
+            logits = runner.forward([ids[begin:end]], [begin], [tuple(table.blocks)])
+    return logits[0]

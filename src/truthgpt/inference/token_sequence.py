@@ -1,0 +1,48 @@
+"""A request while the engine works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from truthgpt.inference.request import FinishReason, Sampling
+from truthgpt.inference.text_stream import TextStream
+
+
+@dataclass(eq=False)
+class TokenSequence:
+    """The tokens of a prompt and of its answer so far.
+
+    Attributes:
+        tokens: prompt and answer.
+        prompt_tokens: how many of them are the prompt.
+        limit: new tokens at most: those asked for, or what the model's context has room for.
+        computed: tokens whose keys and values are kept; the rest is run through the model next.
+        kept: what the runner keeps for it.
+    """
+
+    request_id: int
+    sampling: Sampling
+    tokens: list[int]
+    prompt_tokens: int
+    limit: int
+    stream: TextStream
+    computed: int = 0
+    kept: Any = None
+    cancelled: bool = False
+
+    @property
+    def written(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens to run before the next one can be chosen."""
+        return len(self.tokens) - self.computed
+
+    def finish_reason(self, stop_ids: frozenset[int]) -> FinishReason | None:
+        """Why the answer ends with its last token; None: it goes on."""
+        if self.stream.stopped or self.tokens[-1] in stop_ids:
+            return "stop"
+        return "length" if self.written >= self.limit else None
