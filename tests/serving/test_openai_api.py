@@ -223,7 +223,7 @@ def test_fields_that_would_change_the_answer_are_refused(server: RunningServer, 
     assert caught.value.type == "invalid_request_error"
 
 
-WRONG: list[tuple[dict[str, Any], str, str]] = [
+WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({}, "prompt", "prompt: this field is required"),
     ({"prompt": None}, "prompt", "prompt: give a text, a list of token ids, or a list of 1 to"),
     ({"prompt": []}, "prompt", "prompt: give a text"),
@@ -247,12 +247,13 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "stop": ["x"] * 17}, "stop", "stop: give a text"),
     ({"prompt": "a", "seed": 2**70}, "seed", "seed: "),
     ({"prompt": "a", "stream": "yes"}, "stream", "stream: input should be a valid boolean"),
+    ({"prompt": "a", "stream_options": {"include_usage": True}}, None, "stream_options: only a stream has them"),
     ({"prompt": "a", "stream_options": {"usage": 1}}, "stream_options.usage", "stream_options.usage: unknown field"),
 ]
 
 
 @pytest.mark.parametrize(("body", "param", "message"), WRONG)
-def test_wrong_fields_are_named(server: RunningServer, body: dict[str, Any], param: str, message: str) -> None:
+def test_wrong_fields_are_named(server: RunningServer, body: dict[str, Any], param: str | None, message: str) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", content=json.dumps(body), headers=JSON)
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == param

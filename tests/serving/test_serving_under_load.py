@@ -14,6 +14,7 @@ import pytest
 
 from tests.serving.fake_engine import FakeEngine, expected_text
 from tests.serving.server import RunningServer, serving, wait_until
+from truthgpt.serving.prompts import PromptEncoder
 
 CHAT: list[Any] = [{"role": "user", "content": "Hi"}]
 
@@ -103,6 +104,20 @@ def test_too_many_waiting_requests_come_again_later() -> None:
         assert [result.choices[0].finish_reason for result in results] == ["length"] * 3
         # Its own client tries again by itself.
         server.client.completions.create(model="fake", prompt="x", n=3)
+
+
+def test_requests_whose_prompts_are_being_encoded_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, prompts: gate() or [[1] for _ in prompts])
+    with serving(max_waiting=1) as server:
+        results: list[Any] = []
+        thread = start_in_background(server, 0, results)
+        time.sleep(0.2)
+        with pytest.raises(openai.RateLimitError):
+            server.client.completions.create(model="fake", prompt="x", timeout=2)
+        gate.open.set()
+        thread.join()
+        assert results[0].choices[0].text == expected_text([1], 0, 3)
 
 
 def test_choices_are_taken_all_or_none() -> None:

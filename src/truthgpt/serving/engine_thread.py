@@ -65,6 +65,7 @@ class EngineThread:
         # Of the event loop.
         self._streams: set[PieceStream] = set()
         self._stopping = False
+        self._hurried = False
         self._loop: asyncio.AbstractEventLoop | None = None
         # Shared, behind the condition; `_failed` is written by the thread alone.
         self._condition = threading.Condition()
@@ -125,12 +126,16 @@ class EngineThread:
         self._post(lambda: self._submit(stream, requests))
         return stream
 
+    def hurry(self) -> None:
+        """Have `stop` wait for no answers any more."""
+        self._hurried = True
+
     async def stop(self, deadline_s: float) -> None:
         """Take no more requests, let those under way end, and cancel what is left after `deadline_s` seconds."""
         self._stopping = True
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
-        while self._streams and loop.time() < end:
+        while self._streams and loop.time() < end and not self._hurried:
             await asyncio.sleep(0.02)
         for stream in list(self._streams):
             stream.fail(StoppingError("the server was stopped before the answer was complete"))

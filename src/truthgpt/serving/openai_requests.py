@@ -88,6 +88,12 @@ class SamplingFields(_Strict):
         | None
     ) = None
 
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only a stream has them; add stream: true, or leave them out")
+        return self
+
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop texts."""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -92,7 +93,7 @@ def serve_engine(
     on_ready: Callable[[str, str], None],
     routes: Sequence[BaseRoute] = (),
 ) -> None:
-    """Serve a model until SIGINT or SIGTERM, then let answers under way end; a second SIGINT ends them at once.
+    """Serve a model until SIGINT or SIGTERM, then let answers under way end; a second signal ends them at once.
 
     Logs of the web server go to the logger `uvicorn.error`, from warnings on.
 
@@ -154,10 +155,16 @@ class _Server(uvicorn.Server):
         """Stop listening and let answers end."""
         ending = asyncio.create_task(self._engine_thread.stop(STOP_DEADLINE_S))
         await super().shutdown(sockets)
+        await ending
         if self.force_exit:
-            ending.cancel()
-        else:
-            await ending
+            await self.lifespan.shutdown()  # uvicorn leaves it out, and the application is told by an exception
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End at the first signal; at the second wait for no answer."""
+        if self.should_exit:
+            self._engine_thread.hurry()
+            self.force_exit = True
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
