@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.serving.fake_engine import FakeEngine
-from truthgpt.models.tokenizer import byte_tokenizer
-from truthgpt.serving.engine_thread import EngineThread
-from truthgpt.serving.guards import LOOPBACK_HOSTS
-from truthgpt.serving.openai_api import create_app
+from tests.serving.server import serving
 from truthgpt.serving.page_app import ModelFacts, page_routes
-from truthgpt.serving.server import bind, url_of
 
 CHROMIUM = Path("/usr/bin/chromium")
 TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}[assistant]"
@@ -24,41 +18,12 @@ WAIT_MS = 10_000
 
 
 @contextmanager
-def served(engine: FakeEngine, *, chat: bool = True, run_directory: Path | None = None) -> Iterator[Server]:
-    """The page's server in a thread of its own, on a free port."""
-    import uvicorn
-
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE if chat else None
+def served(engine: FakeEngine, *, chat: bool = True, run_directory: Path | None = None) -> Iterator[str]:
+    """The address of the page of `engine`, served inside the block."""
     facts = ModelFacts(engine.model_name, "llama", 984_192, engine.context_tokens, "cpu", "float32", chat, "my-folder")
-    app = create_app(
-        EngineThread(engine), tokenizer, hosts=LOOPBACK_HOSTS, shorten=True, routes=page_routes(facts, run_directory)
-    )
-    bound = bind("127.0.0.1", 0)
-    config = uvicorn.Config(app, log_config=None, log_level="critical", lifespan="on", timeout_graceful_shutdown=1)
-    web = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(web.serve([bound])), name="web")
-    server = Server(url_of(bound, "127.0.0.1"), web, thread)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-@dataclass
-class Server:
-    """A running server."""
-
-    url: str
-    web: Any
-    thread: threading.Thread
-
-    def stop(self) -> None:
-        """End it; calling it again does nothing."""
-        self.web.should_exit = self.web.force_exit = True
-        self.thread.join(20)
-        assert not self.thread.is_alive()
+    routes = page_routes(facts, run_directory)
+    with serving(engine, template=TEMPLATE if chat else None, shorten=True, routes=routes) as server:
+        yield server.url
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import signal
 import threading
 import urllib.error
 import urllib.request
@@ -18,8 +19,10 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra demo")
 pytest.importorskip("uvicorn", reason="needs the extra demo")
 
+from tests.process import Cli
 from tests.serving.fake_engine import FakeEngine, expected_text
 from tests.serving.page_browser import CHROMIUM, WAIT_MS, Tab, contrast, served
+from tests.serving.served_command import url_said
 from truthgpt.runtime.metrics_log import MetricsLog
 from truthgpt.runtime.run_directory import RunDirectory, RunStatus
 
@@ -30,6 +33,7 @@ _MISSING = [
 pytestmark = pytest.mark.skipif(bool(_MISSING), reason=f"needs {' and '.join(_MISSING)}")
 
 Open = Callable[..., Tab]
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "demo.png"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def open_page(browser: Any) -> Iterator[Open]:
     with ExitStack() as stack:
 
         def open_page(engine: FakeEngine, *, chat: bool = True, run_directory: Path | None = None, **tab: Any) -> Tab:
-            return open_at(stack.enter_context(served(engine, chat=chat, run_directory=run_directory)).url, **tab)
+            return open_at(stack.enter_context(served(engine, chat=chat, run_directory=run_directory)), **tab)
 
         def open_at(url: str, width: int = 1280, scheme: str = "light", clock: bool = False) -> Tab:
             context = browser.new_context(
@@ -320,12 +324,12 @@ def test_an_engine_that_fails_in_the_middle_is_said(open_page: Open) -> None:
 
 
 def test_a_lost_server_is_said_and_its_return_too(open_page: Open) -> None:
-    with served(FakeEngine(step_s=0.02, context_tokens=5000)) as server:
-        tab = open_page.at(server.url)  # type: ignore[attr-defined]
+    with ExitStack() as server:
+        tab = open_page.at(server.enter_context(served(FakeEngine(step_s=0.02, context_tokens=5000))))  # type: ignore[attr-defined]
         tab.set("max_tokens", "2000")
         tab.send("hello")
         tab.until(lambda: len(tab.answer()) > 3)
-        server.stop()
+        server.close()
         tab.page.wait_for_selector("#lost:visible")
         assert "The server does not answer" in tab.page.locator("#lost").inner_text()
         tab.wait_for_end()
@@ -376,7 +380,7 @@ def test_the_runs_curves_are_drawn_with_axes_and_values(open_page: Open, run_dir
     ticks = page.locator("#curves svg").first.locator("text").all_text_contents()
     assert {"2", "4", "6", "20", "100"} <= set(ticks)
     box = page.locator("#curves svg").first.bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 9, box["y"] + 40)
+    page.mouse.move(box["x"] + box["width"] - 13, box["y"] + 40)
     shown = page.locator("#curves .values:visible").inner_text().split("\n")
     assert shown == ["step 100", f"training {7 * math.exp(-2):.4g}", f"validation {7 * math.exp(-100 / 60):.4g}"]
     facts = page.locator("#facts").inner_text()
@@ -540,3 +544,26 @@ def test_nothing_on_the_page_points_elsewhere() -> None:
         assert "http" not in text.lower() or file.name == "page.css", file
         for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
             assert forbidden not in text, file
+
+
+@pytest.mark.skipif("SCREENSHOT_RUN" not in os.environ, reason="SCREENSHOT_RUN names no run directory to show")
+def test_the_readmes_picture_is_taken(browser: Any, cli: Cli) -> None:
+    """Writes docs/images/demo.png: `SCREENSHOT_RUN=runs/llm_default pytest tests/serving/test_page.py -k picture`."""
+    run_directory = Path(os.environ["PWD"], os.environ["SCREENSHOT_RUN"])
+    running = cli.start("demo", str(run_directory), "--port", "0", "--no-browser")
+    url = url_said(cli.folder / ".stderr1")
+    context = browser.new_context(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+    tab = Tab(context.new_page(), url)
+    tab.open()
+    for control, value in {"temperature": "0.4", "max_tokens": "120", "seed": "7"}.items():
+        tab.set(control, value)
+    tab.ask("def read_lines(path):\n")
+    tab.set("max_tokens", "70")
+    tab.ask("import ")
+    tab.page.locator("#curves svg").first.hover(position={"x": 105, "y": 60})
+    PICTURE.parent.mkdir(exist_ok=True)
+    tab.page.screenshot(path=str(PICTURE))
+    assert PICTURE.stat().st_size < 200_000
+    context.close()
+    os.kill(running.pid, signal.SIGINT)
+    assert running.wait().exit_code == 0

@@ -1,7 +1,7 @@
 // Curves of a training run as SVG: axes with round numbers, and the values under the pointer.
 
 const SVG = "http://www.w3.org/2000/svg";
-const MARGIN = { top: 8, right: 8, bottom: 20, left: 44 };
+const MARGIN = { top: 8, right: 12, bottom: 20, left: 44 };
 
 /** An SVG element with attributes. */
 function shape(name, attributes = {}, text = null) {
@@ -110,11 +110,10 @@ function axes(area) {
     group.append(shape("line", { x1: area.left, x2: area.right, y1: y, y2: y }));
     group.append(shape("text", { x: area.left - 6, y: y + 3.5, "text-anchor": "end" }, tickLabel(value)));
   }
-  const steps = ticks(area.firstStep, area.lastStep, Math.max(2, Math.floor((area.right - area.left) / 56)));
+  const steps = ticks(area.firstStep, area.lastStep, Math.max(2, Math.floor((area.right - area.left) / 64)));
   for (const step of steps.filter(Number.isInteger)) {
     const x = area.x(step);
-    const anchor = x > area.right - 12 ? "end" : x < area.left + 12 ? "start" : "middle";
-    group.append(shape("text", { x, y: area.bottom + 15, "text-anchor": anchor }, tickLabel(step)));
+    group.append(shape("text", { x, y: area.bottom + 15, "text-anchor": "middle" }, tickLabel(step)));
   }
   return group;
 }

@@ -64,7 +64,7 @@ const ENDINGS = { length: "limit reached", cancelled: "stopped" };
 
 /**
  * One entry of a log. `actions` are functions of the page: retry, edit, resume (null where it has no meaning).
- * The text of the answer grows by `write`; `finish` or `fail` ends it.
+ * The page adds to `answer` and calls `show`; `finish` or `fail` ends it.
  */
 export class Entry {
   constructor(mode, prompt, actions) {
@@ -104,17 +104,18 @@ export class Entry {
     this.buttons.replaceChildren();
     this.node.classList.add("writing");
     this.node.setAttribute("aria-busy", "true");
-    this.showFigures();
+    this.#showFigures();
   }
 
-  write(text) {
-    this.answer += text;
+  /** Show the answer as far as it is there. */
+  show() {
     // A continuation is shown as it is; in an answer, what stands between ``` fences is code.
     if (this.mode === "completion") this.answerNode.textContent = this.answer;
     else showFenced(this.answerNode, this.answer);
+    this.#showFigures();
   }
 
-  showFigures(ending = null) {
+  #showFigures(ending = null) {
     const parts = [this.clock.text()];
     if (ending === null && this.clock.first === null) parts[0] += "…";
     if (ending !== null) parts.push(`seed ${this.seed}`);
@@ -126,7 +127,7 @@ export class Entry {
   finish(ending) {
     this.#end();
     if (this.clock.first === null) this.figures.textContent = ending === "cancelled" ? "stopped" : "the answer is empty";
-    else this.showFigures(ending);
+    else this.#showFigures(ending);
     this.offer(true);
   }
 
@@ -139,6 +140,7 @@ export class Entry {
   }
 
   #end() {
+    this.show();
     this.node.classList.remove("writing");
     this.node.removeAttribute("aria-busy");
   }

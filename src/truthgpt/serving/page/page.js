@@ -76,6 +76,7 @@ async function write(entry, keep = false) {
   showBusy();
   let ending = "stop";
   let tokens = 0;
+  const showSoon = oncePerFrame(() => follow(() => entry.show()));
   try {
     for await (const event of streamEvents(path, request, writing.abort.signal)) {
       const choice = event.choices?.[0];
@@ -84,25 +85,42 @@ async function write(entry, keep = false) {
       tokens = event.usage?.completion_tokens ?? tokens + (text ? 1 : 0);
       if (choice) entry.clock.note(tokens);
       else entry.clock.tokens = tokens;
-      if (text) follow(() => entry.write(text));
       if (choice?.finish_reason) ending = choice.finish_reason;
-      entry.showFigures();
+      entry.answer += text;
+      showSoon();
     }
-    entry.finish(ending);
+    follow(() => entry.finish(ending));
     at("announcer").textContent = entry.answer || "The answer is empty.";
   } catch (error) {
-    if (writing.abort.signal.aborted) entry.finish("cancelled");
-    else if (error instanceof ApiError || error instanceof LostServer) entry.fail(error.message);
-    else {
-      entry.fail(`The page failed: ${error.message}`);
-      throw error;
-    }
-    if (error instanceof LostServer) lost(error);
+    follow(() => endBadly(entry, error));
   } finally {
+    showSoon.cancel();
     writing = null;
     showBusy();
-    follow(() => {});
   }
+}
+
+function endBadly(entry, error) {
+  if (writing.abort.signal.aborted) entry.finish("cancelled");
+  else if (error instanceof ApiError || error instanceof LostServer) entry.fail(error.message);
+  else {
+    entry.fail(`The page failed: ${error.message}`);
+    throw error;
+  }
+  if (error instanceof LostServer) lost(error);
+}
+
+/** A fast model writes several tokens a frame: drawing each would hold up the reading, and so what is measured. */
+function oncePerFrame(draw) {
+  let frame = null;
+  const soon = () => {
+    frame ??= requestAnimationFrame(() => {
+      frame = null;
+      draw();
+    });
+  };
+  soon.cancel = () => cancelAnimationFrame(frame);
+  return soon;
 }
 
 function stop() {
