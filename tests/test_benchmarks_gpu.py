@@ -390,6 +390,29 @@ def test_state_of_the_gpu(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.gpu_state()["clocks.sm"] == "1980 MHz"
 
 
+def test_paged_kernel_over_its_grid(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The points, their share of the bandwidth and the records; the measurement itself needs a GPU."""
+    script = load("paged_kernel")
+    with pytest.raises(SystemExit, match="need a CUDA GPU"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        script.main([])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(script, "copy_bandwidth", lambda: 4e12)
+    monkeypatch.setattr(script, "measure", lambda point: (point.kv_bytes / 2e12, 1))
+    script.main(["--batches", "1", "64", "--contexts", "512", "--tiles", "64,4,3", "--json", "results/paged.jsonl"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 and all("50% of bandwidth" in line for line in printed[1:])
+    records = [json.loads(line) for line in Path("results/paged.jsonl").read_text().splitlines()]
+    assert [(record["batch"], record["kv_bytes"], record["tile"]) for record in records] == [
+        (1, 2 * 512 * 8 * 64 * 2, [64, 4, 3]),
+        (64, 2 * 64 * 512 * 8 * 64 * 2, [64, 4, 3]),
+    ]
+    assert all(record["kind"] == "paged_kernel" and "torch" in record["versions"] for record in records)
+
+
 @needs_accelerate
 @pytest.mark.soak
 def test_in_processes_of_their_own(load: Load, capsys: pytest.CaptureFixture[str]) -> None:

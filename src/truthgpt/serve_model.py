@@ -30,6 +30,8 @@ class ServingOptions:
         block_size: positions of a block of a paged one.
         cache_bytes: its memory; None: most of what a GPU has free, or 2 GiB elsewhere.
         limits: how much is done at once.
+        compiled: on a GPU, compile the layers for decoding.
+        streaming: text comes with every token, not at the end.
     """
 
     device: str = "auto"
@@ -38,6 +40,8 @@ class ServingOptions:
     block_size: int = 16
     cache_bytes: int | None = None
     limits: EngineLimits = field(default_factory=EngineLimits)
+    compiled: bool = False
+    streaming: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,5 +79,7 @@ def open_text_model(target: Path, options: ServingOptions) -> Iterator[TextModel
         limits=options.limits,
         cache_bytes=options.cache_bytes,
         model_name=name,
+        compiled=options.compiled,
+        streaming=options.streaming,
     ) as engine:
         yield TextModel(engine, loaded.tokenizer, loaded)

@@ -150,6 +150,7 @@ def test_copy_needs_a_block_too() -> None:
     assert pool.can_reserve(second, 0) and not pool.can_reserve(second, 1)
     with pytest.raises(OutOfBlocks, match="1 more blocks are needed and 0 of 2 are free"):
         pool.reserve(second, 1)
+    assert pool.reserve(second, 0) == []
     assert second == first
     pool.release(first)
     assert write(pool, second, [4]) == []
@@ -212,6 +213,25 @@ def test_forget() -> None:
     assert found(pool, [3, 4]) == new.blocks[:1]
     pool.release(new)
     assert (pool.free_blocks, pool.filled_positions) == (8, 0)
+
+
+def test_forgotten_blocks_are_empty_once_they_are_free() -> None:
+    pool = BlockPool(4, 1)
+    old = start(pool, [1, 2])
+    pool.forget()
+    pool.release(start(pool, [3, 4]))
+    pool.release(old)
+    assert start(pool, [5, 6]).blocks == [0, 1]
+    assert found(pool, [3, 4]) == [2, 3]
+
+
+def test_books_do_not_grow() -> None:
+    pool = BlockPool(4, 1)
+    for turn in range(100):
+        pool.release(start(pool, [turn, turn]))
+        if turn % 3 == 0:
+            pool.forget()
+    assert len(pool._heap) <= pool.blocks
 
 
 def test_accounting() -> None:
@@ -501,4 +521,4 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestHistories.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

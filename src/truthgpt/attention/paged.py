@@ -24,13 +24,17 @@ KEY_PAGES, VALUE_PAGES = "truthgpt_key_pages", "truthgpt_value_pages"
 """Attributes of an attention module: its layer's part of the cache."""
 
 
+Blocks = tuple[int, ...] | range
+"""A sequence's blocks in order; a range where they follow one another, which is read without a copy."""
+
+
 @dataclass(frozen=True)
 class PagedStep:
     """Where the tokens of a forward pass stand: sequence i has `counts[i]` new ones behind `starts[i]` old ones.
 
     Attributes:
         slots: int64 `(N,)`: where in the flattened pages each token's keys and values go; -1: nowhere (padding).
-        block_tables: int32 `(B, M)`: the blocks of each sequence; what lies beyond them is 0.
+        block_tables: int32 `(B, M)`: the blocks of each sequence; what lies beyond them is not read.
         lengths: int32 `(B,)`: positions of each sequence, the new ones included.
         starts, counts, blocks: the same for the host; empty where every sequence has one new token and a GPU's
             kernels read the tables.
@@ -44,7 +48,7 @@ class PagedStep:
     lengths: torch.Tensor
     starts: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
-    blocks: tuple[tuple[int, ...], ...] = ()
+    blocks: tuple[Blocks, ...] = ()
     borders: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     kernels: bool = False
@@ -116,15 +120,12 @@ def _one_by_one(
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _positions(pages: torch.Tensor, blocks: tuple[int, ...], first: int, end: int) -> torch.Tensor:
+def _positions(pages: torch.Tensor, blocks: Blocks, first: int, end: int) -> torch.Tensor:
     """Positions `first` to `end` of a sequence, `(H_kv, T, D)`; a view where its blocks follow one another."""
     size = pages.shape[1]
     skipped = first // size
     blocks = blocks[skipped : -(-end // size)]
-    if blocks[-1] - blocks[0] == len(blocks) - 1 and all(b == blocks[0] + i for i, b in enumerate(blocks)):
-        whole = pages[blocks[0] : blocks[-1] + 1]
-    else:
-        whole = pages[list(blocks)]
+    whole = pages[blocks.start : blocks.stop] if isinstance(blocks, range) else pages[list(blocks)]
     return whole.flatten(0, 1)[first - skipped * size : end - skipped * size].transpose(0, 1)
 
 

@@ -27,8 +27,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Block numbers are fetched a stage before keys and values: three stages are one tile ahead, five are two.
-_HALF = {64: Tile(64, 4, 3), 128: Tile(32, 4, 3), 256: Tile(32, 4, 3)}
+_HALF = {64: Tile(64, 4, 3), 128: Tile(32, 4, 3), 256: Tile(32, 8, 3)}
 """By the largest head size."""
 _FLOAT32 = {64: Tile(32, 4, 1), 128: Tile(16, 4, 1), 256: Tile(16, 8, 1)}
 """The same for float32, whose products are not made by tensor cores."""
@@ -59,7 +58,7 @@ def paged_decode(
     """Attention of one new token a sequence over its pages; `(B, H, D)` in the type of the query.
 
     Args:
-        query: `(B, H, D)` in bf16, fp16 or float32, the heads in one piece each.
+        query: `(B, H, D)` in bf16, fp16 or float32.
         keys, values: one layer's pages `(blocks, block_size, H_kv, D)`, in the query's type; H is a multiple of H_kv.
         block_tables: int32 `(B, M)`, the blocks of each sequence in order; what follows them is not read.
         lengths: int32 `(B,)`, positions to attend to: the new token's own is the last and already written. A row of
@@ -80,7 +79,7 @@ def write_pages(
     """Write the keys and values of new tokens to their places, in place and in one launch.
 
     Args:
-        key, value: `(N, H_kv, D)`, the heads in one piece each.
+        key, value: `(N, H_kv, D)`.
         keys, values: one layer's pages `(blocks, block_size, H_kv, D)`.
         slots: int64 `(N,)`, block times block size plus place in the block, each at most once; -1: not written.
     """
@@ -95,10 +94,10 @@ def split_count(batch: int, kv_heads: int, positions: int, processors: int) -> i
         processors: multiprocessors of the GPU.
     """
     programs = max(1, batch * kv_heads)
-    splits = min(MOST_LONG_SPLITS, triton.cdiv(positions, LONG_POSITIONS))
+    splits = min(MOST_LONG_SPLITS, _cdiv(positions, LONG_POSITIONS))
     if programs < ENOUGH_PROGRAMS * processors:
         splits = max(splits, SPLIT_PROGRAMS * processors // programs)
-    return max(1, min(splits, triton.cdiv(positions, LEAST_POSITIONS), MOST_SPLITS))
+    return max(1, min(splits, _cdiv(positions, LEAST_POSITIONS), MOST_SPLITS))
 
 
 def decode(
@@ -127,7 +126,7 @@ def decode(
         "TILE": tile.positions, "LEAST": max(1, LEAST_POSITIONS // tile.positions),
     }  # fmt: skip
     window = 0 if window is None else window
-    with torch.cuda.device_of(query):
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call, unused-ignore]
         _decode[(kv_heads, batch, splits)](
             query, keys, values, block_tables, lengths, output, partials, log_sums,
             *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], block_tables.stride(0), splits, window,
@@ -164,6 +163,7 @@ def _paged_decode(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
+    query = _with_whole_heads(query)
     tile = tile_of(query.shape[2], query.dtype)
     positions = block_tables.shape[1] * keys.shape[1]
     if window is not None:
@@ -194,11 +194,12 @@ def _(
 def _write_pages(
     key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
 ) -> None:
+    key, value = _with_whole_heads(key), _with_whole_heads(value)
     tokens, kv_heads, head_size = key.shape
     block_d = _block_of(head_size)
     block_h = min(int(triton.next_power_of_2(kv_heads)), 4096 // block_d)
-    with torch.cuda.device_of(key):
-        _write[(tokens, triton.cdiv(kv_heads, block_h))](
+    with torch.cuda.device_of(key):  # type: ignore[no-untyped-call, unused-ignore]
+        _write[(tokens, _cdiv(kv_heads, block_h))](
             key, value, keys, values, slots,
             *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
             KV_HEADS=kv_heads, HEAD_SIZE=head_size, BLOCK_SIZE=keys.shape[1], BLOCK_H=block_h, BLOCK_D=block_d,
@@ -215,6 +216,15 @@ def _(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.
 def _processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 on the CPU, where Triton's interpreter runs the kernels."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _with_whole_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose heads lie in one piece each, as the kernels read them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _cdiv(whole: int, part: int) -> int:
+    return -(-whole // part)
 
 
 def _block_of(head_size: int) -> int:
@@ -266,27 +276,32 @@ def _decode(  # type: ignore[no-untyped-def]
     values_sum = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_G], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
+    positions = first + tl.arange(0, TILE)
+    # A tile may lie in several blocks. Their numbers are fetched a tile ahead, or each tile would wait twice.
+    blocks = tl.load(table + positions // BLOCK_SIZE, mask=positions < last, other=0)
     for start in range(first, last, TILE):
         positions = start + tl.arange(0, TILE)
         inside = positions < last
         if WINDOWED:
             inside = inside & (positions >= length - window)
-        # A tile may lie in several blocks. In each one there is a position to see, so the maximum is finite.
-        blocks = tl.load(table + positions // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        places = positions % BLOCK_SIZE
+        here = blocks.to(tl.int64)[:, None]
+        places = (positions % BLOCK_SIZE)[:, None]
+        following = positions + TILE
+        blocks = tl.load(table + following // BLOCK_SIZE, mask=following < last, other=0)
         wanted = inside[:, None]
         if HEAD_SIZE < BLOCK_D:
             wanted = wanted & (dims < HEAD_SIZE)[None, :]
-        k = tl.load(keys + (blocks * k_block + places * k_position)[:, None], mask=wanted, other=0.0)
+        k = tl.load(keys + here * k_block + places * k_position, mask=wanted, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if CAPPED:
             scores = cap * (2 * tl.sigmoid(2 * scores) - 1)
+        # In each tile there is a position to see: the maximum is finite.
         scores = tl.where(inside[None, :], scores, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         weights = tl.exp2(scores - new_max[:, None])
         correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(weights, 1)
-        v = tl.load(values + (blocks * v_block + places * v_position)[:, None], mask=wanted, other=0.0)
+        v = tl.load(values + here * v_block + places * v_position, mask=wanted, other=0.0)
         values_sum = tl.dot(weights.to(v.dtype), v, values_sum * correction[:, None], input_precision="ieee")
         row_max = new_max
     values_sum = values_sum / tl.where(row_sum == 0, 1.0, row_sum)[:, None]

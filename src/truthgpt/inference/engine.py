@@ -7,6 +7,7 @@ again later; its text stays what it was, since its random numbers depend on noth
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from truthgpt.errors import ConfigError
 from truthgpt.inference.request import FinishReason, Piece, Sampling
 from truthgpt.inference.runner import Runner
-from truthgpt.inference.sampling import sample
+from truthgpt.inference.sampling import NO_TOKEN, sample
 from truthgpt.inference.stop_tokens import stop_token_ids
 from truthgpt.inference.text_stream import TextStream
 from truthgpt.inference.token_sequence import TokenSequence
 from truthgpt.kv_cache.blocks import OutOfBlocks
+
+logger = logging.getLogger(__name__)
 
 _BEGINNING = 16
 """Tokens that two prompts have in common before one of them waits for the other's blocks."""
@@ -58,6 +61,7 @@ class Engine:
         tokenizer: the tokenizer it was trained with.
         runner: runs it.
         model_name: what the model is called.
+        streaming: every piece has the text of its tokens; otherwise the last one has it all, which is much less work.
 
     Attributes:
         context_tokens: positions the model has; None: no limit is known.
@@ -70,15 +74,18 @@ class Engine:
         runner: Runner,
         limits: EngineLimits,
         model_name: str = "",
+        streaming: bool = False,
     ) -> None:
         self.model_name = model_name
         self.context_tokens = context_tokens(model)
         self._tokenizer = tokenizer
         self._runner = runner
         self._limits = limits
+        self._streaming = streaming
         self._vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self._next_id = 0
+        self._cancelling = False
         self._waiting: deque[TokenSequence] = deque()
         self._running: list[TokenSequence] = []  # in the order they were admitted
 
@@ -109,7 +116,7 @@ class Engine:
         """Break off a request; one that is unknown or answered is ignored."""
         for sequence in (*self._running, *self._waiting):
             if sequence.request_id == request_id:
-                sequence.cancelled = True
+                sequence.cancelled = self._cancelling = True
 
     @property
     def has_work(self) -> bool:
@@ -126,14 +133,13 @@ class Engine:
         pieces = self._drop_cancelled()
         decoding = [s for s in self._running if s.pending == 1]
         pieces += self._advance(self._prompts_in_budget())
-        pieces += self._advance(self._with_room([s for s in decoding if s in self._running]))
+        pieces += self._advance(self._with_room(decoding))
         return pieces
 
     def abandon(self) -> None:
         """Forget all requests, for example after an error in a step."""
-        for sequence in self._running:
-            self._runner.release(sequence)
-        self._running.clear()
+        for sequence in list(self._running):
+            self._dismiss(sequence)
         self._waiting.clear()
 
     def _check(self, prompt_ids: Sequence[int]) -> None:
@@ -151,13 +157,13 @@ class Engine:
             )
 
     def _drop_cancelled(self) -> list[Piece]:
-        cancelled = [s for s in (*self._running, *self._waiting) if s.cancelled]
-        if cancelled:
-            for sequence in cancelled:
-                if sequence in self._running:
-                    self._runner.release(sequence)
-            self._running = [s for s in self._running if not s.cancelled]
-            self._waiting = deque(s for s in self._waiting if not s.cancelled)
+        cancelled = [s for s in (*self._running, *self._waiting) if s.cancelled] if self._cancelling else []
+        self._cancelling = False
+        for sequence in cancelled:
+            if sequence.running:
+                self._dismiss(sequence)
+            else:
+                self._waiting.remove(sequence)
         return [Piece(s.request_id, (), s.stream.finish(), "cancelled") for s in cancelled]
 
     def _prompts_in_budget(self) -> list[tuple[TokenSequence, int]]:
@@ -180,6 +186,7 @@ class Engine:
                 self._runner.release(sequence)
                 break
             self._running.append(self._waiting.popleft())
+            sequence.running = True
             work.append((sequence, count))
             beginnings.add(_beginning(sequence))
             budget -= count
@@ -200,16 +207,20 @@ class Engine:
         """One token each; who came last makes room for who came first."""
         work = []
         for sequence in sequences:
-            while sequence in self._running and not self._reserved(sequence, 1):
+            while sequence.running and not self._reserved(sequence, 1):
                 self._preempt(self._running[-1])
-            if sequence in self._running:
+            if sequence.running:
                 work.append((sequence, 1))
         return work
 
     def _preempt(self, sequence: TokenSequence) -> None:
+        self._dismiss(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _dismiss(self, sequence: TokenSequence) -> None:
         self._running.remove(sequence)
         self._runner.release(sequence)
-        self._waiting.appendleft(sequence)
+        sequence.running = False
 
     def _advance(self, work: list[tuple[TokenSequence, int]]) -> list[Piece]:
         """Run `work`, and choose a token for every sequence of which nothing is left to run."""
@@ -228,13 +239,19 @@ class Engine:
         return [self._write(sequence, token) for sequence, token in zip(chosen, tokens, strict=True)]
 
     def _write(self, sequence: TokenSequence, token: int) -> Piece:
+        if token == NO_TOKEN:
+            logger.error("request %d: the model's logits are not finite; its answer ends", sequence.request_id)
+            self._dismiss(sequence)
+            return Piece(sequence.request_id, (), sequence.stream.finish(), "error")
         sequence.tokens.append(token)
-        text = sequence.stream.push([token])
+        streaming = self._streaming or sequence.sampling.stop  # a stop text has to be seen when it is there
+        text = sequence.stream.push([token]) if streaming else ""
         finish: FinishReason | None = sequence.finish_reason(self._stop_ids)
         if finish is not None:
+            if not streaming:
+                text = sequence.stream.push(sequence.tokens[sequence.prompt_tokens :])
             text += sequence.stream.finish()
-            self._running.remove(sequence)
-            self._runner.release(sequence)
+            self._dismiss(sequence)
         return Piece(sequence.request_id, (token,), text, finish)
 
 

@@ -37,6 +37,8 @@ def open_engine(
     cache_bytes: int | None = None,
     lengths: Sequence[int] | None = None,
     model_name: str = "",
+    compiled: bool = False,
+    streaming: bool = False,
 ) -> Iterator[Engine]:
     """An engine that runs `model`; its mode, attention and weights are as before afterwards.
 
@@ -45,6 +47,8 @@ def open_engine(
         limits: how much is done at once.
         cache_bytes: memory of a paged cache; None: most of what a GPU has free, or 2 GiB elsewhere.
         lengths: positions that each request needs, for a cache that holds no more than all of them; None: not known.
+        compiled: on a GPU, compile the layers for decoding: half a minute at first, for more tokens a second.
+        streaming: text comes with every token, not at the end.
 
     Raises:
         ConfigError: the cache would not hold a single block.
@@ -53,11 +57,11 @@ def open_engine(
         stack.enter_context(_evaluating(model))
         # Every length would be compiled anew.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        runner = _paged(model, policy, fallbacks, cache_bytes, lengths, stack)
+        runner = _paged(model, policy, fallbacks, cache_bytes, lengths, compiled, stack)
         if runner is None:
             stack.enter_context(transformers_attention_in(model))
             runner = OneByOneRunner(model, use_cache=policy.keeps)
-        yield Engine(model, tokenizer, runner, limits or EngineLimits(), model_name)
+        yield Engine(model, tokenizer, runner, limits or EngineLimits(), model_name, streaming)
 
 
 def _paged(
@@ -66,6 +70,7 @@ def _paged(
     fallbacks: Fallbacks,
     cache_bytes: int | None,
     lengths: Sequence[int] | None,
+    compiled: bool,
     stack: ExitStack,
 ) -> Runner | None:
     """A runner with a paged cache; None: there is to be none, or `model` cannot use it."""
@@ -80,7 +85,7 @@ def _paged(
     count = _blocks(model.device, shapes, size, dtype, cache_bytes, lengths)
     cache = policy.allocate(shapes, count, dtype, model.device)
     stack.enter_context(paged_model(model, layers, cache))
-    return PagedRunner(model, cache)
+    return PagedRunner(model, cache, compiled)
 
 
 def _blocks(

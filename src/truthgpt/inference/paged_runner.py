@@ -12,12 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from truthgpt.attention.install import install_attention, transformers_attention_in
-from truthgpt.attention.paged import KEY_PAGES, VALUE_PAGES, PagedStep, paged_attention
+from truthgpt.attention.paged import KEY_PAGES, VALUE_PAGES, Blocks, PagedStep, paged_attention
 from truthgpt.attention.probe import HALF_TOLERANCE, TOLERANCE
+from truthgpt.inference.decode_graph import DecodeGraphs
 from truthgpt.inference.runner import Work, logits_to_keep
 from truthgpt.inference.token_sequence import TokenSequence
 from truthgpt.kv_cache.base import LayerShape
 from truthgpt.kv_cache.paged import KVPages
+from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.device import has_triton
 
 PROBE_TOKENS, PROBE_BLOCK = 40, 4
@@ -29,13 +31,19 @@ class PagedRunner:
     Args:
         model: attends through `paged_attention`, its layers have their part of `cache` (`paged_model`).
         cache: the memory.
+        compiled: on a GPU, the layers are compiled for decoding.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KVPages) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVPages, compiled: bool = False) -> None:
         self._model = model
         self._cache = cache
         self._kernels = model.device.type == "cuda" and has_triton()
         self._logits_to_keep = logits_to_keep(model)
+        self._graphs: DecodeGraphs | None = None
+        if self._kernels:
+            self._graphs = DecodeGraphs(self._decode, cache.pool.block_size, model.device, compiled)
+            for layer in decoder_layers(model) if compiled else ():
+                layer.compile(dynamic=True)
 
     @property
     def positions(self) -> int:
@@ -54,22 +62,47 @@ class PagedRunner:
 
     def reserve(self, sequence: TokenSequence, tokens: int) -> None:
         """See `Runner`."""
-        self._cache.copy(self._cache.pool.reserve(sequence.kept, tokens))
+        table, pool = sequence.kept, self._cache.pool
+        if sequence.computed + tokens <= len(table.blocks) * pool.block_size:
+            return
+        self._commit(sequence)
+        self._cache.copy(pool.reserve(table, tokens))
 
     def release(self, sequence: TokenSequence) -> None:
         """See `Runner`."""
+        self._commit(sequence)
         self._cache.pool.release(sequence.kept)
         sequence.kept, sequence.computed = None, 0
 
     @torch.no_grad()
     def run(self, work: Work) -> torch.Tensor:
         """See `Runner`."""
+        if self._graphs is not None and all(count == 1 for _, count in work):
+            return self._run_graph([sequence for sequence, _ in work])
         new = [sequence.tokens[sequence.computed : sequence.computed + count] for sequence, count in work]
         starts = [sequence.computed for sequence, _ in work]
         logits = self.forward(new, starts, [tuple(sequence.kept.blocks) for sequence, _ in work])
-        for (sequence, count), tokens in zip(work, new, strict=True):
-            self._cache.pool.commit(sequence.kept, tokens)
+        for sequence, count in work:
             sequence.computed += count
+            self._commit(sequence)
+        return logits
+
+    def _commit(self, sequence: TokenSequence) -> None:
+        """What was computed can be shared from now on; single tokens are told when they fill a block."""
+        table = sequence.kept
+        if table.length < sequence.computed:
+            self._cache.pool.commit(table, sequence.tokens[table.length : sequence.computed])
+
+    def _run_graph(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        assert self._graphs is not None
+        logits = self._graphs.logits(sequences)
+        for sequence in sequences:
+            sequence.computed += 1
+        return logits
+
+    def _decode(self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
+        output = self._model(input_ids=input_ids, position_ids=position_ids, use_cache=False, paged=step)
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     def forward(
@@ -107,11 +140,16 @@ class PagedRunner:
             lengths=torch.tensor(totals, dtype=torch.int32, device=device),
             starts=() if decoding else tuple(starts),
             counts=() if decoding else tuple(counts),
-            blocks=() if decoding else tuple(tables),
+            blocks=() if decoding else tuple(_in_one_piece(table) for table in tables),
             borders=_borders(counts, totals).to(device) if several else None,
             seen=torch.from_numpy(np.concatenate(every)).to(device) if several and any(starts) else None,
             kernels=self._kernels,
         )
+
+
+def _in_one_piece(table: tuple[int, ...]) -> Blocks:
+    whole = range(table[0], table[0] + len(table))
+    return whole if table == tuple(whole) else table
 
 
 def _slots(table: tuple[int, ...], size: int, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from truthgpt.errors import ConfigError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Piece:
         token_ids: the new tokens; an end-of-text token is among them.
         text: their text as far as its characters are complete, without stop texts. The pieces' texts joined are the
             whole answer.
-        finish: why this is the last piece: `stop` (an end-of-text token or a stop text), `length`, `cancelled`;
-            None: more will come.
+        finish: why this is the last piece: `stop` (an end-of-text token or a stop text), `length`, `cancelled`,
+            `error` (the model's logits are not finite); None: more will come.
     """
 
     request_id: int

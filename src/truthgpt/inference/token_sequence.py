@@ -19,6 +19,7 @@ class TokenSequence:
         limit: new tokens at most: those asked for, or what the model's context has room for.
         computed: tokens whose keys and values are kept; the rest is run through the model next.
         kept: what the runner keeps for it.
+        running: it was admitted.
     """
 
     request_id: int
@@ -29,6 +30,7 @@ class TokenSequence:
     stream: TextStream
     computed: int = 0
     kept: Any = None
+    running: bool = False
     cancelled: bool = False
 
     @property
