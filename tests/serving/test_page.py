@@ -242,6 +242,36 @@ def test_an_answer_is_written_again_with_another_seed_in_its_place(open_page: Op
     assert "[user]one" in prompt_text(engine) and "two" not in prompt_text(engine)
 
 
+def test_one_answer_is_written_at_a_time(open_page: Open) -> None:
+    engine = FakeEngine(step_s=0.02, context_tokens=5000)
+    tab = open_page(engine, chat=False)
+    tab.set("max_tokens", "3")
+    tab.ask("first")
+    tab.set("max_tokens", "2000")
+    tab.send("second")
+    tab.until(lambda: len(tab.answer()) > 3)
+    buttons = tab.page.locator(".entry").first.locator(".buttons button")
+    assert [(button.inner_text(), button.is_disabled()) for button in buttons.all()] == [
+        *(("Copy", False), ("Continue", True), ("Retry", True), ("Edit", True))
+    ]
+    tab.send("third")
+    assert tab.page.input_value("#prompt") == "third"  # kept until it can be sent
+    tab.page.keyboard.press("Escape")
+    tab.wait_for_end()
+    assert not any(button.is_disabled() for button in buttons.all())
+    assert len(engine.submitted) == 2
+
+
+def test_what_is_copied_is_the_text(open_page: Open) -> None:
+    tab = open_page(FakeEngine(), chat=False)
+    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.set("max_tokens", "3")
+    answer = tab.ask("first ")
+    tab.button("Copy").click()
+    tab.page.wait_for_selector("text=Copied")
+    assert tab.page.evaluate("navigator.clipboard.readText()") == f"first {answer}"
+
+
 def test_a_base_model_continues_in_another_colour(open_page: Open) -> None:
     engine = FakeEngine()
     tab = open_page(engine, chat=False)

@@ -9,8 +9,8 @@ export function element(name, className = "", text = null) {
 }
 
 /** A button that looks like text. */
-export function quietButton(text, action) {
-  const button = element("button", "quiet", text);
+function quietButton(text, action, className = "") {
+  const button = element("button", `quiet ${className}`, text);
   button.type = "button";
   button.addEventListener("click", action);
   return button;
@@ -94,17 +94,14 @@ export class Entry {
 
   /** An answer begins; with `keep` it goes on from the text that is there. */
   begin(seed, keep = false) {
-    if (!keep) {
-      this.answer = "";
-      this.answerNode.replaceChildren();
-    }
+    if (!keep) this.answer = "";
     this.seed = seed;
     this.clock = new Clock();
     this.error.hidden = true;
     this.buttons.replaceChildren();
     this.node.classList.add("writing");
     this.node.setAttribute("aria-busy", "true");
-    this.#showFigures();
+    this.show();
   }
 
   /** Show the answer as far as it is there. */
@@ -150,9 +147,9 @@ export class Entry {
     const { retry, edit, resume } = this.actions;
     const buttons = [];
     if (this.answer) buttons.push(this.#copyButton());
-    if (this.mode === "completion" && this.answer) buttons.push(quietButton("Continue", () => resume(this)));
+    if (this.mode === "completion" && this.answer) buttons.push(quietButton("Continue", () => resume(this), "asks"));
     if (this.mode === "completion" || isLast) {
-      buttons.push(quietButton("Retry", () => retry(this)), quietButton("Edit", () => edit(this)));
+      buttons.push(quietButton("Retry", () => retry(this), "asks"), quietButton("Edit", () => edit(this), "asks"));
     }
     this.buttons.replaceChildren(...buttons);
   }

@@ -20,10 +20,9 @@ let refreshTimer = null;
 // --- Asking ---------------------------------------------------------------------------------------------------------
 
 const actions = {
-  retry: (entry) => write(entry),
+  retry: (entry) => write(entry, false),
   resume: (entry) => write(entry, true),
   edit(entry) {
-    if (writing) return;
     if (entry.mode === "chat") {
       logs.chat = logs.chat.filter((other) => other !== entry);
       entry.node.remove();
@@ -38,7 +37,7 @@ const actions = {
 
 function send() {
   const text = at("prompt").value;
-  if (writing || (mode === "chat" && !text.trim()) || text === "") return;
+  if (writing || about === null || (mode === "chat" && !text.trim()) || text === "") return;
   at("prompt").value = "";
   fitPrompt();
   const entry = new Entry(mode, text, actions);
@@ -47,7 +46,7 @@ function send() {
   at(`log-${mode}`).append(entry.node);
   showMode();
   scrollDown();
-  write(entry);
+  write(entry, false);
 }
 
 /** What to ask for an entry; `keep` asks for more of the text that is there. */
@@ -68,8 +67,7 @@ function requestOf(entry, keep) {
 }
 
 /** Ask and write the answer into the entry as it comes. */
-async function write(entry, keep = false) {
-  if (writing || about === null) return;
+async function write(entry, keep) {
   const [path, request] = requestOf(entry, keep);
   writing = { entry, abort: new AbortController() };
   entry.begin(request.seed, keep);
@@ -146,6 +144,7 @@ function showBusy() {
   showMode();
   at("send").hidden = writing !== null;
   at("stop").hidden = writing === null;
+  for (const button of document.querySelectorAll(".asks")) button.disabled = writing !== null; // one answer at a time
   if (writing) at("announcer").textContent = writing.entry.mode === "chat" ? "Answering" : "Continuing";
   if (hadFocus && !writing) at("prompt").focus();
 }
@@ -297,4 +296,4 @@ at("close-large").addEventListener("click", () => at("large").close());
 
 showMode();
 refresh();
-at("prompt").focus();
+if (matchMedia("(pointer: fine)").matches) at("prompt").focus(); // on a phone it would open the keyboard
