@@ -12,6 +12,7 @@ from tests.inference.engine_runs import answers
 from tests.inference.small_models import EOS, LAYERS, TOKENIZER, greedy_by_hand, small_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import truthgpt.inference.open_engine
 import truthgpt.inference.paged_runner
 from truthgpt.attention.paged import paged_attention
 from truthgpt.errors import ConfigError
@@ -191,6 +192,20 @@ def test_a_cache_too_small_for_one_block_is_refused() -> None:
         open_engine(small_model(), TOKENIZER, PagedKVCache(8), Fallbacks(), cache_bytes=needed - 1),
     ):
         raise AssertionError("opened")
+
+
+def test_a_cache_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_one = 8 * 2 * 2 * 32 * 4
+    monkeypatch.setattr(truthgpt.inference.open_engine, "free_memory_bytes", lambda _: 10 * of_one)
+    message = f"is to take {11 * of_one:,} bytes, cpu has {10 * of_one:,} free: give it less"
+    model, cache = small_model(), PagedKVCache(8)
+    with (
+        pytest.raises(ConfigError, match=message),
+        open_engine(model, TOKENIZER, cache, Fallbacks(), cache_bytes=11 * of_one),
+    ):
+        raise AssertionError("opened")
+    with open_engine(model, TOKENIZER, cache, Fallbacks(), cache_bytes=11 * of_one, lengths=[80]) as engine:
+        assert engine.load().cache_tokens == 80
 
 
 @pytest.mark.parametrize(("lengths", "positions"), [([10, 3], 16), ([16], 16), ([10_000_000], 64)])

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.serving.fake_engine import FakeEngine
 
-from truthgpt.cli import serve
+from truthgpt import serve_model
 from truthgpt.errors import CheckpointError
 
 
 @contextmanager
-def _engine(target: Path, device: str) -> Iterator[tuple[FakeEngine, Any]]:
+def _open_text_model(target: Path, options: Any) -> Iterator[Any]:
     from truthgpt.models.tokenizer import byte_tokenizer
 
     if target.name == "absent":
         raise CheckpointError(f"nothing to load at {target}")
-    yield FakeEngine(target.name, step_s=0.01, context_tokens=None), byte_tokenizer()
+    engine = FakeEngine(target.name, step_s=0.01, context_tokens=None)
+    yield SimpleNamespace(engine=engine, tokenizer=byte_tokenizer())
 
 
-serve._engine = _engine
+serve_model.open_text_model = _open_text_model

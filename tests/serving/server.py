@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import openai
 import uvicorn
+from starlette.routing import BaseRoute
 
 from tests.serving.fake_engine import FakeEngine
 from truthgpt.models.tokenizer import byte_tokenizer
@@ -47,13 +48,15 @@ def serving(
     template: str | None = TEMPLATE,
     hosts: Collection[str] | None = LOOPBACK_HOSTS,
     api_key: str | None = None,
+    shorten: bool = False,
+    routes: Sequence[BaseRoute] = (),
 ) -> Iterator[RunningServer]:
     """Serve inside the block. At its end the server has to stop in time."""
     engine = engine or FakeEngine()
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     thread = EngineThread(engine, max_waiting)
-    app = create_app(thread, tokenizer, hosts=hosts, api_key=api_key)
+    app = create_app(thread, tokenizer, hosts=hosts, api_key=api_key, shorten=shorten, routes=routes)
     with bind("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
         running = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)

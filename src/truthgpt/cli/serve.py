@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from truthgpt.cli.model_server import run_model_server
 from truthgpt.cli.output import say
 from truthgpt.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from truthgpt.serving.base import TextEngine
 
 
 def serve(
@@ -35,9 +29,9 @@ def serve(
     from truthgpt.serving.packages import require_server_packages
 
     require_server_packages()
-    from truthgpt.runtime.run_log import attach_console, detach
+    from truthgpt.serve_model import ServingOptions
     from truthgpt.serving.guards import is_loopback
-    from truthgpt.serving.server import ServerOptions, serve_engine
+    from truthgpt.serving.server import ServerOptions
 
     options = ServerOptions(host, port, api_key_from(api_key_env), max_waiting)
     if not is_loopback(host):
@@ -51,12 +45,7 @@ def serve(
             """-d '{"prompt": "Once upon a time", "max_tokens": 64}'"""
         )
 
-    console = attach_console(logging.INFO)
-    try:
-        serve_engine(lambda: _engine(target, device), options, on_ready)
-    finally:
-        detach(console)
-    say("stopped")
+    run_model_server(target, ServingOptions(device=device), options, on_ready)
 
 
 def api_key_from(variable: str | None) -> str | None:
@@ -71,7 +60,3 @@ def api_key_from(variable: str | None) -> str | None:
     if not key:
         raise ConfigError(f"--api-key-env: the environment variable {variable} is not set, or empty")
     return key
-
-
-def _engine(target: Path, device: str) -> AbstractContextManager[tuple[TextEngine, PreTrainedTokenizerBase]]:
-    raise NotImplementedError

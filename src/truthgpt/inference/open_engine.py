@@ -17,7 +17,8 @@ from truthgpt.inference.paged_runner import AttentionLayers, PagedRunner, attent
 from truthgpt.inference.runner import OneByOneRunner, Runner
 from truthgpt.kv_cache.base import KVCachePolicy
 from truthgpt.kv_cache.paged import PagedKVCache, block_bytes
-from truthgpt.runtime.device import free_memory_bytes
+from truthgpt.runtime.compile import decoder_layers
+from truthgpt.runtime.device import free_memory_bytes, has_triton
 from truthgpt.runtime.fallbacks import Fallbacks
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,13 @@ def open_engine(
         streaming: text comes with every token, not at the end.
 
     Raises:
-        ConfigError: the cache would not hold a single block.
+        ConfigError: the cache would not hold a single block, or is to take more memory than there is.
     """
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
-        # Every length would be compiled anew.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        compiled = compiled and model.device.type == "cuda" and has_triton()
+        if not compiled:  # layers that were compiled for training: every length would be compiled anew
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         runner = _paged(model, policy, fallbacks, cache_bytes, lengths, compiled, stack)
         if runner is None:
             stack.enter_context(transformers_attention_in(model))
@@ -87,8 +89,10 @@ def _paged(
     cache = policy.allocate(layers.shapes, count, layers.dtype, model.device)
     if compiled:
         stack.enter_context(joined_linears(model))
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
     stack.enter_context(paged_model(model, layers.modules, cache))
-    return PagedRunner(model, cache, compiled)
+    return PagedRunner(model, cache)
 
 
 def _blocks(
@@ -98,16 +102,21 @@ def _blocks(
     cache_bytes: int | None,
     lengths: Sequence[int] | None,
 ) -> int:
+    free = free_memory_bytes(device)
+    asked = cache_bytes
     if cache_bytes is None:
-        free = free_memory_bytes(device) if device.type == "cuda" else None
-        cache_bytes = HOST_BYTES if free is None else int(SHARE * free)
+        cache_bytes = int(SHARE * free) if device.type == "cuda" and free is not None else HOST_BYTES
     of_one = block_bytes(layers.shapes, size, layers.dtype)
     count = cache_bytes // of_one
     if count < 1:
         raise ConfigError(
             f"a block of {size} positions takes {of_one:,} bytes, the cache has {cache_bytes:,}: give it more memory"
         )
-    return count if lengths is None else min(count, sum(-(-length // size) for length in lengths))
+    if lengths is not None:
+        count = min(count, sum(-(-length // size) for length in lengths))
+    if asked is not None and free is not None and count * of_one > free:
+        raise ConfigError(f"the cache is to take {count * of_one:,} bytes, {device} has {free:,} free: give it less")
+    return count
 
 
 @contextmanager

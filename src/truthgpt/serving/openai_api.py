@@ -58,6 +58,7 @@ def create_app(
     hosts: Collection[str] | None = None,
     api_key: str | None = None,
     public: Collection[str] = ("/health",),
+    shorten: bool = False,
     routes: Sequence[BaseRoute] = (),
 ) -> Starlette:
     """The application: `/v1/models`, `/v1/completions`, `/v1/chat/completions`, `/health` and `/metrics`.
@@ -70,9 +71,10 @@ def create_app(
         hosts: allowed Host headers without port; None: all.
         api_key: what clients have to send as `Authorization: Bearer KEY`; None: nothing.
         public: paths that need no key.
+        shorten: write as many new tokens as fit where more are asked for, instead of refusing the request.
         routes: more routes, for pages.
     """
-    api = _Api(thread, PromptEncoder(tokenizer), Metrics())
+    api = _Api(thread, PromptEncoder(tokenizer), Metrics(), shorten)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -115,10 +117,11 @@ class _Job:
 class _Api:
     """The endpoints."""
 
-    def __init__(self, thread: EngineThread, encoder: PromptEncoder, metrics: Metrics) -> None:
+    def __init__(self, thread: EngineThread, encoder: PromptEncoder, metrics: Metrics, shorten: bool) -> None:
         self.encoder = encoder
         self._thread = thread
         self._metrics = metrics
+        self._shorten = shorten
         self._created = int(time.time())
         self._encoding = 0
 
@@ -221,7 +224,7 @@ class _Api:
                 f"the prompt has {prompt_tokens} tokens and the model {context} positions: shorten the prompt",
                 code="context_length_exceeded",
             )
-        if context is not None and asked is not None and prompt_tokens + asked - 1 > context:
+        if context is not None and asked is not None and prompt_tokens + asked - 1 > context and not self._shorten:
             raise ApiError(
                 400,
                 f"the prompt has {prompt_tokens} tokens and {asked} new ones are asked for, the model has {context} "
@@ -229,11 +232,12 @@ class _Api:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        if asked is not None:
+        if asked is not None and not self._shorten:
             return asked
         limits = [limit for limit in (context, self._thread.load.cache_tokens) if limit]
-        room = min(limits) + 1 - prompt_tokens if limits else UNLIMITED_CHAT_TOKENS
-        return max(room, 1)  # the engine itself refuses a prompt that is larger than its cache
+        # The engine itself refuses a prompt that is larger than its cache.
+        room = max(min(limits) + 1 - prompt_tokens, 1) if limits else asked or UNLIMITED_CHAT_TOKENS
+        return room if asked is None else min(asked, room)
 
     def _check_model(self, name: str | None) -> None:
         known = self._thread.model_name

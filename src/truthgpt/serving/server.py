@@ -36,6 +36,7 @@ class ServerOptions:
         port: 0: any that is free.
         api_key: what clients have to send as `Authorization: Bearer KEY`; None: nothing.
         max_waiting: requests that may wait for their first token, 1 or more.
+        shorten: write as many new tokens as fit where more are asked for, instead of refusing the request.
 
     Raises:
         ConfigError: other machines can reach the server, and there is no key.
@@ -45,6 +46,7 @@ class ServerOptions:
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)
     max_waiting: int = DEFAULT_MAX_WAITING
+    shorten: bool = False
 
     def __post_init__(self) -> None:
         if self.api_key is None and not is_loopback(self.host):
@@ -99,14 +101,21 @@ def serve_engine(
         open_engine: gives the engine and its tokenizer for as long as it is served, after the port has been taken.
         options: where and for whom.
         on_ready: called with the server's URL and the model's name once requests are taken.
-        routes: more routes, for pages.
+        routes: more routes, for pages; read after the engine has been made.
 
     Raises:
         ConfigError: see `bind`; and what `open_engine` raises.
     """
     with bind(options.host, options.port) as bound, open_engine() as (engine, tokenizer):
         thread = EngineThread(engine, options.max_waiting)
-        app = create_app(thread, tokenizer, hosts=options.allowed_hosts, api_key=options.api_key, routes=routes)
+        app = create_app(
+            thread,
+            tokenizer,
+            hosts=options.allowed_hosts,
+            api_key=options.api_key,
+            shorten=options.shorten,
+            routes=routes,
+        )
         url = f"http://{in_url(options.host)}:{bound.getsockname()[1]}"
         run_app(app, thread, bound, lambda: on_ready(url, thread.model_name))
 
