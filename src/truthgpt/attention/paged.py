@@ -92,7 +92,7 @@ def paged_attention(
     return output.unsqueeze(0), None
 
 
-@torch.compiler.disable  # it looks at numbers that are others in every step
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at numbers that are others in every step
 def _of_several(
     queries: torch.Tensor,
     new_keys: torch.Tensor,
