@@ -32,6 +32,7 @@ FURTHER: dict[str, dict[str, Any]] = {
         **LAYERS,
         "num_key_value_heads": 1,
     },
+    "llama of one layer": {"model_type": "llama", "num_hidden_layers": 1, **LAYERS},
     "mistral": {"num_hidden_layers": 2, "sliding_window": 8, **LAYERS},
 }
 """Shapes that attention could get wrong: grouped queries, scores that are bent, a window in every layer."""

@@ -89,7 +89,7 @@ def paged_attention(
         output = paged_decode(queries, keys, values, tables, lengths, scaling, sliding_window, softcap)
     else:
         output = _of_several(queries, new_keys, new_values, keys, values, paged, scaling, sliding_window, softcap)
-    return output.unsqueeze(0), None
+    return output.unsqueeze(0).contiguous(), None  # some models view the heads as one
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at numbers that are others in every step

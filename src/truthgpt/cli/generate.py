@@ -93,7 +93,8 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
         return given
     assert file is not None
     try:
-        lines = (sys.stdin if str(file) == "-" else file.open(encoding="utf-8")).read().splitlines()
+        # Not splitlines: a text may hold other characters that Unicode counts as ends of lines.
+        lines = (sys.stdin if str(file) == "-" else file.open(encoding="utf-8-sig")).read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts: {file} cannot be read: {error}") from error
     if file.suffix == ".jsonl":

@@ -13,9 +13,9 @@ from truthgpt.attention.install import transformers_attention_in
 from truthgpt.errors import ConfigError
 from truthgpt.inference.engine import Engine, EngineLimits
 from truthgpt.inference.joined_linear import joined_linears
-from truthgpt.inference.paged_runner import PagedRunner, attention_layers, paged_model, paged_obstacle
+from truthgpt.inference.paged_runner import AttentionLayers, PagedRunner, attention_layers, paged_model, paged_obstacle
 from truthgpt.inference.runner import OneByOneRunner, Runner
-from truthgpt.kv_cache.base import KVCachePolicy, LayerShape
+from truthgpt.kv_cache.base import KVCachePolicy
 from truthgpt.kv_cache.paged import PagedKVCache, block_bytes
 from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.device import free_memory_bytes, has_triton
@@ -54,7 +54,7 @@ def open_engine(
         streaming: text comes with every token, not at the end.
 
     Raises:
-        ConfigError: the cache would not hold a single block.
+        ConfigError: the cache would not hold a single block, or is to take more memory than there is.
     """
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
@@ -81,41 +81,45 @@ def _paged(
     if not isinstance(policy, PagedKVCache):
         return None
     size = policy.block_size
-    layers, shapes, dtype = attention_layers(model)
-    reason = paged_obstacle(model, layers, shapes, dtype)
+    layers = attention_layers(model)
+    reason = paged_obstacle(model, layers)
     if reason is not None:
         fallbacks.take("model.kv_cache.type", "paged", "transformers' own cache, one sequence at a time", reason)
         return None
-    count = _blocks(model.device, shapes, size, dtype, cache_bytes, lengths)
-    cache = policy.allocate(shapes, count, dtype, model.device)
+    count = _blocks(model.device, layers, size, cache_bytes, lengths)
+    cache = policy.allocate(layers.shapes, count, layers.dtype, model.device)
     if compiled:
         stack.enter_context(joined_linears(model))
         # One for decoding and one for prompts, each again for single rows and for strides that happen to agree.
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT))
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
-    stack.enter_context(paged_model(model, layers, cache))
+    stack.enter_context(paged_model(model, layers.modules, cache))
     return PagedRunner(model, cache)
 
 
 def _blocks(
     device: torch.device,
-    shapes: list[LayerShape],
+    layers: AttentionLayers,
     size: int,
-    dtype: torch.dtype,
     cache_bytes: int | None,
     lengths: Sequence[int] | None,
 ) -> int:
+    free = free_memory_bytes(device)
+    asked = cache_bytes
     if cache_bytes is None:
-        free = free_memory_bytes(device) if device.type == "cuda" else None
-        cache_bytes = HOST_BYTES if free is None else int(SHARE * free)
-    count = cache_bytes // block_bytes(shapes, size, dtype)
+        cache_bytes = int(SHARE * free) if device.type == "cuda" and free is not None else HOST_BYTES
+    of_one = block_bytes(layers.shapes, size, layers.dtype)
+    count = cache_bytes // of_one
     if count < 1:
         raise ConfigError(
-            f"a block of {size} positions takes {block_bytes(shapes, size, dtype):,} bytes, the cache has "
-            f"{cache_bytes:,}: give it more memory"
+            f"a block of {size} positions takes {of_one:,} bytes, the cache has {cache_bytes:,}: give it more memory"
         )
-    return count if lengths is None else min(count, sum(-(-length // size) for length in lengths))
+    if lengths is not None:
+        count = min(count, sum(-(-length // size) for length in lengths))
+    if asked is not None and free is not None and count * of_one > free:
+        raise ConfigError(f"the cache is to take {count * of_one:,} bytes, {device} has {free:,} free: give it less")
+    return count
 
 
 @contextmanager

@@ -82,8 +82,7 @@ class OneByOneRunner:
 
     def __init__(self, model: PreTrainedModel, use_cache: bool) -> None:
         self._model = model
-        known = inspect.signature(model.forward).parameters
-        self._cache = next((name for name in _CACHES if name in known), None) if use_cache else None
+        self._cache = _cache_name(model) if use_cache else None
         self._logits_to_keep = logits_to_keep(model)
 
     def start(self, sequence: TokenSequence) -> None:
@@ -116,6 +115,13 @@ class OneByOneRunner:
     def release(self, sequence: TokenSequence) -> None:
         """See `Runner`."""
         sequence.kept = None
+
+
+@torch.no_grad()
+def _cache_name(model: PreTrainedModel) -> str | None:
+    """What `model` calls its cache, as seen in what it returns for one token; None: it gives none out."""
+    output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    return next((name for name in _CACHES if getattr(output, name, None) is not None), None)
 
 
 class _Keep(Protocol):

@@ -1,0 +1,156 @@
+"""`truthgpt generate`: prompts from files, answers to files, and what of sampling and cache a user can set."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.inference.engine_runs import reference
+from tests.inference.small_models import TOKENIZER, small_model
+from tests.process import Cli, Finished
+
+from truthgpt.cli.generate import _prompts
+from truthgpt.errors import DataError
+
+PROMPTS = ["def f(", "the ", "the king", "x = 1"]
+GREEDY = ("--temperature", "0", "--max-new-tokens", "8")
+BLOCK_BYTES = 16 * 2 * 2 * 32 * 4
+"""16 positions of two layers, keys and values of 32 numbers of 4 bytes."""
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    """In a folder with a model `m` and files of prompts."""
+    folder = tmp_path_factory.mktemp("generate")
+    small_model("llama").save_pretrained(folder / "m")
+    TOKENIZER.save_pretrained(folder / "m")
+    (folder / "p.txt").write_text("\n".join(["", *PROMPTS, "  "]))
+    (folder / "p.jsonl").write_text("\n\n".join(json.dumps({"prompt": p, "id": 1}) for p in PROMPTS))
+    return Cli(folder)
+
+
+def asked(*prompts: str) -> list[str]:
+    return [word for prompt in prompts for word in ("--prompt", prompt)]
+
+
+def done(finished: Finished) -> Any:
+    assert finished.exit_code == 0, finished.stderr
+    return finished.json
+
+
+def expected(prompt: str) -> list[int]:
+    return reference("llama", tuple(TOKENIZER(prompt)["input_ids"]), 8)
+
+
+def test_the_caches_give_what_transformers_writes(cli: Cli) -> None:
+    paged = done(cli("generate", "m", *asked(*PROMPTS), *GREEDY, "--json"))
+    assert [row["token_ids"] for row in paged] == [expected(prompt) for prompt in PROMPTS]
+    assert [row["prompt"] for row in paged] == PROMPTS
+    assert {row["finish"] for row in paged} <= {"length", "stop"}
+    for changes in (["--kv-cache", "none"], ["--block-size", "1"], ["--cache-memory", "0.015625MiB"]):
+        assert done(cli("generate", "m", *asked(*PROMPTS), *GREEDY, "--json", *changes)) == paged, changes
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_prompts_come_from_a_file_and_answers_go_to_one(cli: Cli, name: str) -> None:
+    wanted = done(cli("generate", "m", *asked(*PROMPTS), *GREEDY, "--json"))
+    finished = cli("generate", "m", "--prompts", name, *GREEDY, "--out", "out.jsonl")
+    assert finished.exit_code == 0 and finished.stdout == "" and "4/4 prompts" in finished.stderr
+    lines = (cli.folder / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == wanted
+    both = cli("generate", "m", "--prompts", name, *GREEDY, "--out", "out.jsonl", "--json")
+    assert done(both) == wanted and (cli.folder / "out.jsonl").read_text().splitlines() == lines
+
+
+def test_a_line_ends_where_a_line_of_text_does(tmp_path: Path) -> None:
+    """Not at the other characters that Unicode counts as ends of lines; and a mark of the byte order is none of it."""
+    odd = "a\u2028b\u0085c\x0cd"
+    rows = json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "e"})
+    (tmp_path / "p.jsonl").write_bytes(rows.encode("utf-8-sig"))
+    (tmp_path / "p.txt").write_bytes(f"{odd}\r\ne\n".encode("utf-8-sig"))
+    assert _prompts(None, tmp_path / "p.jsonl") == _prompts(None, tmp_path / "p.txt") == [odd, "e"]
+
+
+def test_prompts_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    assert _prompts(None, Path("-")) == ["one", "two"]
+
+
+def test_sampling_is_what_was_asked_for(cli: Cli) -> None:
+    def written(*arguments: str) -> list[list[int]]:
+        finished = cli("generate", "m", *asked("def f(", "the "), "--max-new-tokens", "8", "--json", *arguments)
+        return [row["token_ids"] for row in done(finished)]
+
+    greedy, hot = written("--temperature", "0"), written("--temperature", "1.5")
+    assert hot == written("--temperature", "1.5", "--seed", "0") != greedy
+    assert written("--temperature", "1.5", "--seed", "1") != hot
+    assert written("--temperature", "1.5", "--top-k", "1") == greedy
+    assert written("--temperature", "1.5", "--top-p", "1e-6") == greedy
+    often = written("--temperature", "0", "--max-new-tokens", "40")
+    never = written("--temperature", "0", "--max-new-tokens", "40", "--repetition-penalty", "1000")
+    assert any(len(set(tokens)) < len(tokens) for tokens in often)
+    assert all(len(set(tokens)) == len(tokens) for tokens in never)
+
+
+def test_stop_texts(cli: Cli) -> None:
+    (whole,) = done(cli("generate", "m", *asked("def f("), *GREEDY, "--json"))
+    stop = next(c for c in whole["text"] if c.isascii() and c.isprintable())
+    (row,) = done(cli("generate", "m", *asked("def f("), *GREEDY, "--json", "--stop", "never", "--stop", stop))
+    assert row["text"] == whole["text"][: whole["text"].index(stop)] and row["finish"] == "stop"
+
+
+REFUSED: dict[str, tuple[list[str], int, str]] = {
+    "no room for a block": (
+        ["--cache-memory", "0.005MiB"],
+        2,
+        f"a block of 16 positions takes {BLOCK_BYTES:,} bytes, the cache has 5,243: give it more memory",
+    ),
+    "no room for an answer": (
+        ["--cache-memory", "0.0078125MiB", "--max-new-tokens", "20"],
+        2,
+        "6 tokens and 20 new ones need 25 positions of the cache, which has 16",
+    ),
+    "more than there is": (["--cache-memory", "900000GiB"], 2, "free: give it less"),
+    "no size": (["--cache-memory", "much"], 2, "--cache-memory"),
+    "temperature": (["--temperature", "-1"], 2, "temperature: -1.0 is not allowed: give 0 (greedy) or more"),
+    "top-p": (["--top-p", "2"], 2, "top_p: 2.0 is not allowed: give more than 0, at most 1"),
+    "top-k": (["--top-k", "-3"], 2, "top_k: -3 is not allowed"),
+    "penalty": (["--repetition-penalty", "0"], 2, "repetition_penalty: 0.0 is not allowed"),
+    "stop": (["--stop", ""], 2, "stop: ('',) is not allowed: give texts that are not empty"),
+    "tokens": (["--max-new-tokens", "0"], 2, "max_new_tokens: 0 is not allowed: give 1 or more"),
+    "cache": (["--kv-cache", "huge"], 2, "--kv-cache"),
+    "two sources": (["--prompts", "p.txt"], 2, "give either --prompt TEXT (repeatable) or --prompts FILE"),
+    "no folder": (["--out", "nowhere/out.jsonl"], 6, "--out: nowhere/out.jsonl cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes_get_one_clear_line(cli: Cli, case: str) -> None:
+    arguments, code, message = REFUSED[case]
+    finished = cli("generate", "m", *asked("def f("), "--json", *arguments)
+    assert finished.exit_code == code and message in finished.stderr and finished.stdout == "", finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.txt", None, "cannot be read"),
+        ("empty.txt", "\n \n", "holds no prompt"),
+        ("bad.jsonl", '{"prompt": "a"}\n\n{"prompt"', "bad.jsonl:3: no JSON"),
+        ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}', 'bad.jsonl:2: expected an object with a text "prompt"'),
+        ("bad.jsonl", '{"prompt": 3}', "bad.jsonl:1: expected"),
+        ("bad.jsonl", "[1]", "bad.jsonl:1: expected"),
+        ("bad.txt", b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_files_that_hold_no_prompts(tmp_path: Path, name: str, text: str | bytes | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError) as caught:
+        _prompts(None, tmp_path / name)
+    assert str(caught.value).startswith("--prompts: ") and message in str(caught.value)
