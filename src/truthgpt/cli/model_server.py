@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,16 +41,16 @@ def run_model_server(
     from truthgpt.serving.server import serve_engine
 
     routes: list[BaseRoute] = []
+
+    @contextmanager
+    def open_engine() -> Iterator[tuple[TextEngine, PreTrainedTokenizerBase]]:
+        with open_text_model(target, model_options) as model:
+            routes.extend(make_routes(model))
+            yield model.engine, model.tokenizer
+
     console = attach_console(logging.INFO)
     try:
-        with ExitStack() as stack:
-
-            def load() -> tuple[TextEngine, PreTrainedTokenizerBase]:
-                model = stack.enter_context(open_text_model(target, model_options))
-                routes.extend(make_routes(model))
-                return model.engine, model.tokenizer
-
-            serve_engine(load, options, on_ready, routes)
+        serve_engine(open_engine, options, on_ready, routes)
     finally:
         detach(console)
     say("stopped")
