@@ -23,7 +23,8 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(("factories", "trainers", "serving"), 3),
     **dict.fromkeys(
         (
-            *("validate_config", "config_rules", "json_schema", "task", "load_model", "export_model", "serve_model"),
+            *("validate_config", "config_rules", "json_schema", "task", "load_model", "export_check", "export_model"),
+            *("evaluation_data", "harness_tasks", "serve_model"),
             *("benchmark_train", "inspect_data", "plan_run"),
             *("build", "build_attention", "build_data", "build_images", "build_memory", "build_sources", "build_text"),
             "build_trainer",

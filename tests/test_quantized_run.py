@@ -129,3 +129,14 @@ class TestWithBitsandbytes:
         described = json.loads((bases.folder / "runs/t/model/config.json").read_text())
         assert described["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
         assert any(is_quantized(module) for module in load_model(bases.folder / "runs/t", CPU).model.modules())
+
+    @pytest.mark.parametrize("precision", ["none", BF16])
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_exported_adapters_are_checked_on_the_base_as_it_was_quantized(
+        self, bases: Cli, name: str, precision: str
+    ) -> None:
+        chosen = (*LORA, *pretrained(name), *NF4, f"training.mixed_precision={precision}")
+        run(bases, "train", "base.yaml", *chosen)
+        for target in ("runs/t", "runs/t/checkpoints/best.pt"):
+            check = run(bases, "export", target, "--out", "out", "--overwrite", "--json").json["check"]
+            assert check["difference"] < 1e-5

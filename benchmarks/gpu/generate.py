@@ -155,7 +155,8 @@ def _ours(model: Any, stack: ExitStack) -> Run:
 
     def run(prompts: Prompts, new: list[int]) -> dict[str, Any]:
         first: dict[int, float] = {}
-        full_steps, wasted = [0.0], [0.0]
+        full_steps: list[float] = []
+        held = filled = passes = 0
         begin = time.perf_counter()
         for prompt, count in zip(prompts, new, strict=True):
             engine.submit(prompt, Sampling(max_new_tokens=count, temperature=0.0))
@@ -167,21 +168,18 @@ def _ours(model: Any, stack: ExitStack) -> Run:
                 first.setdefault(piece.request_id, now - begin)
             if len(pieces) == len(prompts):
                 full_steps.append(now - step_begin)
-            if len(full_steps) % 64 == 63 or len(first) == len(prompts) == len(pieces):
-                wasted.append(_wasted(engine))
+            passes += 1
+            if passes % 16 == 0:
+                held += engine.load().cache_used_tokens
+                filled += sum(sequence.computed for sequence in engine._running)
         waits = sorted(first.values())
         return {
             "time_to_first_token_p95_s": waits[int(0.95 * (len(waits) - 1))],
-            "decoding_tokens_per_s": len(prompts) / statistics.median(full_steps[1:] or [math.inf]),
-            "cache_wasted": max(wasted),
+            "decoding_tokens_per_s": len(prompts) / statistics.median(full_steps or [math.inf]),
+            "cache_wasted": 1 - filled / held,
         }
 
     return run
-
-
-def _wasted(engine: Any) -> float:
-    """The part of the positions that sequences hold in which nothing is written."""
-    return 1 - sum(s.computed for s in engine._running) / max(1, engine.load().cache_used_tokens)
 
 
 def _byte_tokenizer(kind: Any) -> Any:

@@ -20,6 +20,7 @@ from truthgpt.build_sources import build_text_data
 from truthgpt.build_text import build_text_task, choose_loss, share_adapter_inputs
 from truthgpt.config.schema import Config
 from truthgpt.data.base import TrainLoader
+from truthgpt.data.chat import load_chat_template
 from truthgpt.data.loader import EvalLoader
 from truthgpt.errors import ConfigError, DataError, Problem
 from truthgpt.factories.callbacks import CALLBACKS
@@ -155,6 +156,8 @@ def build_evaluation(config: Config, loaded: LoadedModel) -> EvaluationComponent
         pixels = pixel_format_of(loaded.model.config, str(loaded.folder))
         loader = build_image_eval_loader(config, data, pixels, device, fallbacks)
     else:
+        if config.data.chat_template is not None:
+            loaded.tokenizer.chat_template = load_chat_template(config.data.chat_template)
         loader = build_eval_loader(config, build_text_data(config), loaded.tokenizer, False, device, fallbacks)
     if loader is None:
         raise DataError("nothing to evaluate: set data.validation_fraction above 0, or data.validation_path")

@@ -55,7 +55,8 @@ def load_model(target: Path, device: torch.device, averaged: bool = True, stored
 
     Args:
         averaged: of a checkpoint, the averaged weights where the run kept an average; else those of its step.
-        stored_type: the base of adapters in the type its weights are stored in, instead of float32.
+        stored_type: a folder's text model, and the base of adapters, in the type its weights are stored in, instead of
+            float32.
 
     Raises:
         CheckpointError: nothing there that can be loaded.
@@ -94,7 +95,7 @@ def _from_folder(folder: Path, run_directory: Path | None, device: torch.device,
         model = _load_base(folder, device, stored_type)
         load_adapters(model, folder)
     else:
-        model = _load_text_model(str(folder))
+        model = _load_text_model(str(folder), stored_type)
     return _loaded(model, folder, run_directory, device)
 
 
@@ -120,9 +121,12 @@ def _from_checkpoint(checkpoint: Path, device: torch.device, averaged: bool, sto
     return _loaded(model, folder, run_directory, device)
 
 
-def _load_text_model(folder: str) -> PreTrainedModel:
+def _load_text_model(folder: str, stored_type: bool) -> PreTrainedModel:
     architecture = load_architecture(folder, {}, trust_remote_code=False)
-    return load_causal_lm(folder, architecture, transformers_attention(architecture), trust_remote_code=False)
+    attention, dtype = transformers_attention(architecture), torch.float32
+    if stored_type:
+        dtype = architecture.dtype or dtype
+    return load_causal_lm(folder, architecture, attention, trust_remote_code=False, dtype=dtype)
 
 
 def _load_base(folder: Path, device: torch.device, stored_type: bool) -> PreTrainedModel:

@@ -14,6 +14,10 @@ import pytest
 
 from tests.serving.fake_engine import FakeEngine, expected_text
 from tests.serving.server import RunningServer, serving, wait_until
+from truthgpt.inference.request import Sampling
+from truthgpt.models.tokenizer import byte_tokenizer
+from truthgpt.serving.engine_thread import EngineThread, TextRequest
+from truthgpt.serving.openai_api import create_app
 from truthgpt.serving.prompts import PromptEncoder
 
 CHAT: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -120,6 +124,15 @@ def test_requests_whose_prompts_are_being_encoded_count(monkeypatch: pytest.Monk
         assert results[0].choices[0].text == expected_text([1], 0, 3)
 
 
+def test_prompts_are_encoded_with_a_tokenizer_of_their_own() -> None:
+    """The engine's thread decodes with the other one at the same time."""
+    tokenizer = byte_tokenizer()
+    encoder = PromptEncoder(tokenizer)
+    tokenizer.add_tokens(["abcd"])
+    assert asyncio.run(encoder.encode(["abcd"])) == [list(b"abcd")]
+    encoder.close()
+
+
 def test_choices_are_taken_all_or_none() -> None:
     gate = Gate()
     with serving(FakeEngine(before_step=gate), max_waiting=3) as server:
@@ -156,6 +169,40 @@ def test_a_client_that_leaves_cancels_its_request(stream: bool, started: bool) -
         assert "truthgpt_requests_running 0" in metrics and "truthgpt_requests_waiting 0" in metrics
         # The next one is served, at once.
         server.client.completions.create(model="fake", prompt="x", max_tokens=2)
+
+
+def test_a_handler_that_is_cancelled_leaves_nothing_behind() -> None:
+    """As the web server does at its end; here before the engine, in a long step, has even taken the request."""
+    gate = Gate()
+    engine = FakeEngine(before_step=gate)
+    thread = EngineThread(engine)
+    app = create_app(thread, byte_tokenizer())
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b'{"prompt": "x", "max_tokens": 100}', "more_body": False}
+
+    async def send(message: Any) -> None:
+        raise AssertionError("there is nothing to say")
+
+    async def run() -> None:
+        async with app.router.lifespan_context(app):
+            first = thread.stream([TextRequest([1], Sampling(max_new_tokens=3))])
+            await first.accepted()
+            handler = asyncio.create_task(app(scope, receive, send))
+            while thread.waiting < 2:
+                await asyncio.sleep(0.005)
+            handler.cancel()
+            await asyncio.gather(handler, return_exceptions=True)
+            assert thread.waiting == 1
+            gate.open.set()
+            assert len([piece async for piece in first]) > 0
+            while not engine.cancelled:
+                await asyncio.sleep(0.005)
+            assert engine.cancelled == [2]
+
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 def test_the_other_choices_are_cancelled_with_it() -> None:

@@ -36,11 +36,11 @@ class PagedStep:
         slots: int64 `(N,)`: where in the flattened pages each token's keys and values go; -1: nowhere (padding).
         block_tables: int32 `(B, M)`: the blocks of each sequence; what lies beyond them is not read.
         lengths: int32 `(B,)`: positions of each sequence, the new ones included.
-        starts, counts, blocks: the same for the host; empty where every sequence has one new token and a GPU's
-            kernels read the tables.
+        starts, counts, blocks: the same for the host; empty when `decoding`.
         borders: int32 `(2, B + 1)`: where each sequence's queries and keys begin, for several new tokens on a GPU.
         seen: int64: slots of all positions of all sequences; None: there are new ones only.
         kernels: a GPU with Triton runs it.
+        decoding: one new token a sequence, which the kernels attend for.
     """
 
     slots: torch.Tensor
@@ -52,6 +52,7 @@ class PagedStep:
     borders: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     kernels: bool = False
+    decoding: bool = False
 
 
 def paged_attention(
@@ -77,25 +78,40 @@ def paged_attention(
     keys, values = getattr(module, KEY_PAGES), getattr(module, VALUE_PAGES)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (N, H_kv, D)
-    flash = query.dtype in HALF and query.shape[-1] <= MAX_HEAD_SIZE and softcap is None
     if paged.kernels:
         write_pages(new_keys.to(keys.dtype), new_values.to(keys.dtype), keys, values, paged.slots)
     else:
         keys.flatten(0, 1).index_copy_(0, paged.slots, new_keys.to(keys.dtype))
         values.flatten(0, 1).index_copy_(0, paged.slots, new_values.to(keys.dtype))
     queries = query[0].transpose(0, 1)  # (N, H, D)
-    if not paged.counts:
-        output = paged_decode(
-            queries, keys, values, paged.block_tables, paged.lengths, scaling, sliding_window, softcap
-        )
-    elif flash and paged.borders is not None:
-        if paged.seen is not None:
-            new_keys, new_values = (pages.flatten(0, 1)[paged.seen] for pages in (keys, values))
-        longest = max(paged.counts), max(s + n for s, n in zip(paged.starts, paged.counts, strict=True))
-        output = varlen_between(queries, new_keys, new_values, paged.borders, longest, scaling, sliding_window)
+    if paged.decoding:
+        tables, lengths = paged.block_tables, paged.lengths
+        output = paged_decode(queries, keys, values, tables, lengths, scaling, sliding_window, softcap)
     else:
-        output = _one_by_one(queries, keys, values, paged, scaling, sliding_window, softcap)
+        output = _of_several(queries, new_keys, new_values, keys, values, paged, scaling, sliding_window, softcap)
     return output.unsqueeze(0), None
+
+
+@torch.compiler.disable  # it looks at numbers that are others in every step
+def _of_several(
+    queries: torch.Tensor,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    paged: PagedStep,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention where sequences have several new tokens; `(N, H, D)`."""
+    flash = queries.dtype in HALF and queries.shape[-1] <= MAX_HEAD_SIZE and softcap is None
+    if not flash or paged.borders is None:
+        return _one_by_one(queries, keys, values, paged, scaling, window, softcap)
+    if paged.seen is not None:
+        new_keys, new_values = (pages.flatten(0, 1)[paged.seen] for pages in (keys, values))
+    longest = max(paged.counts), max(s + n for s, n in zip(paged.starts, paged.counts, strict=True))
+    return varlen_between(queries, new_keys, new_values, paged.borders, longest, scaling, window)
 
 
 def _one_by_one(

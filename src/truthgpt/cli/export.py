@@ -47,7 +47,8 @@ def export(
     """Write a run's model, a checkpoint or a folder as a Hugging Face folder: as it is, or with its adapters merged."""
     if dtype is not StoredType.auto and not merge_lora:
         raise ConfigError("--dtype is read with --merge-lora only; leave it out")
-    from truthgpt.export_model import DTYPES, export_model
+    from truthgpt.export_check import DTYPES
+    from truthgpt.export_model import export_model
     from truthgpt.runtime.device import choose_device
     from truthgpt.runtime.run_log import attach_console, detach
 
@@ -67,11 +68,12 @@ def export(
     check = exported.check
     if json_output:
         document = {"folder": str(exported.folder), "kind": exported.kind, "weights": exported.weights}
-        emit_json({**document, "check": None if check is None else asdict(check)})
+        emit_json({**document, "check": asdict(check)})
         return
     say(f"{exported.kind}: {exported.folder}")
-    if check is not None:
-        say(
-            f"written in {check.dtype}; its logits differ from those of base and adapters by {check.difference:.2g} of "
-            f"their size ({check.tolerance:.2g} is allowed; the adapters move them by {check.adapter_effect:.2g})"
-        )
+    of = "the model" if check.adapter_effect is None else "base and adapters"
+    effect = "" if check.adapter_effect is None else f"; the adapters move them by {check.adapter_effect:.2g}"
+    say(
+        f"written in {check.dtype} and loaded again: its logits differ from those of {of} by {check.difference:.2g} of "
+        f"their size ({check.tolerance:.2g} is allowed{effect})"
+    )

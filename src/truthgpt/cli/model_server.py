@@ -43,14 +43,14 @@ def run_model_server(
     routes: list[BaseRoute] = []
 
     @contextmanager
-    def open_engine() -> Iterator[tuple[TextEngine, PreTrainedTokenizerBase]]:
+    def engine() -> Iterator[tuple[TextEngine, PreTrainedTokenizerBase]]:
         with open_text_model(target, model_options) as model:
             routes.extend(make_routes(model))
             yield model.engine, model.tokenizer
 
     console = attach_console(logging.INFO)
     try:
-        serve_engine(open_engine, options, on_ready, routes)
+        serve_engine(engine, options, on_ready, routes)
     finally:
         detach(console)
     say("stopped")

@@ -44,14 +44,12 @@ class DecodeGraphs:
     Args:
         forward: runs the model; what it does must depend on its tensors' values on the device only.
         block_size: positions of a block.
-        compiled: `forward` has compiled parts, which may be compiled here.
     """
 
-    def __init__(self, forward: Forward, block_size: int, device: torch.device, compiled: bool) -> None:
+    def __init__(self, forward: Forward, block_size: int, device: torch.device) -> None:
         self._forward = forward
         self._block_size = block_size
         self._device = device
-        self._stance = "default" if compiled else "force_eager"
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._tables = _Tables()
@@ -113,9 +111,9 @@ class DecodeGraphs:
             block_tables=inputs[:, _TABLE:].to(torch.int32),
             lengths=inputs[:, _LENGTH].to(torch.int32),
             kernels=True,
+            decoding=True,
         )
-        with torch.compiler.set_stance(self._stance):
-            return self._forward(inputs[None, :, _TOKEN], inputs[None, :, _POSITION], step)
+        return self._forward(inputs[None, :, _TOKEN], inputs[None, :, _POSITION], step)
 
 
 class _Tables:

@@ -17,7 +17,8 @@ from truthgpt.inference.paged_runner import PagedRunner, attention_layers, paged
 from truthgpt.inference.runner import OneByOneRunner, Runner
 from truthgpt.kv_cache.base import KVCachePolicy, LayerShape
 from truthgpt.kv_cache.paged import PagedKVCache, block_bytes
-from truthgpt.runtime.device import free_memory_bytes
+from truthgpt.runtime.compile import decoder_layers
+from truthgpt.runtime.device import free_memory_bytes, has_triton
 from truthgpt.runtime.fallbacks import Fallbacks
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,9 @@ def open_engine(
     """
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
-        # Every length would be compiled anew.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        compiled = compiled and model.device.type == "cuda" and has_triton()
+        if not compiled:  # layers that were compiled for training: every length would be compiled anew
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         runner = _paged(model, policy, fallbacks, cache_bytes, lengths, compiled, stack)
         if runner is None:
             stack.enter_context(transformers_attention_in(model))
@@ -87,8 +89,10 @@ def _paged(
     cache = policy.allocate(shapes, count, dtype, model.device)
     if compiled:
         stack.enter_context(joined_linears(model))
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
     stack.enter_context(paged_model(model, layers, cache))
-    return PagedRunner(model, cache, compiled)
+    return PagedRunner(model, cache)
 
 
 def _blocks(

@@ -19,7 +19,6 @@ from truthgpt.inference.runner import Work, logits_to_keep
 from truthgpt.inference.token_sequence import TokenSequence
 from truthgpt.kv_cache.base import LayerShape
 from truthgpt.kv_cache.paged import KVPages
-from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.device import has_triton
 
 PROBE_TOKENS, PROBE_BLOCK = 40, 4
@@ -31,19 +30,16 @@ class PagedRunner:
     Args:
         model: attends through `paged_attention`, its layers have their part of `cache` (`paged_model`).
         cache: the memory.
-        compiled: on a GPU, the layers are compiled for decoding.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KVPages, compiled: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVPages) -> None:
         self._model = model
         self._cache = cache
         self._kernels = model.device.type == "cuda" and has_triton()
         self._logits_to_keep = logits_to_keep(model)
         self._graphs: DecodeGraphs | None = None
         if self._kernels:
-            self._graphs = DecodeGraphs(self._decode, cache.pool.block_size, model.device, compiled)
-            for layer in decoder_layers(model) if compiled else ():
-                layer.compile(dynamic=True)
+            self._graphs = DecodeGraphs(self._decode, cache.pool.block_size, model.device)
 
     @property
     def positions(self) -> int:
@@ -170,6 +166,7 @@ class PagedRunner:
             borders=_borders(counts, totals).to(device) if several else None,
             seen=torch.from_numpy(np.concatenate(every)).to(device) if several and any(starts) else None,
             kernels=self._kernels,
+            decoding=decoding,
         )
 
 
