@@ -45,7 +45,7 @@ def serve(
             """-d '{"prompt": "Once upon a time", "max_tokens": 64}'"""
         )
 
-    run_model_server(target, ServingOptions(device=device), options, on_ready)
+    run_model_server(target, ServingOptions(device=device, streaming=True), options, on_ready)
 
 
 def api_key_from(variable: str | None) -> str | None:
