@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from truthgpt.cli.benchmark import benchmark_app
+from truthgpt.cli.chat import chat
 from truthgpt.cli.components import components, load_installed_plugins, load_plugins
 from truthgpt.cli.doctor import doctor
 from truthgpt.cli.evaluate import evaluate
@@ -73,6 +74,7 @@ app.command(epilog=_EVERYWHERE)(doctor)
 app.command(epilog=_EVERYWHERE)(components)
 app.command("eval", epilog=_EVERYWHERE)(evaluate)
 app.command(epilog=_EVERYWHERE)(generate)
+app.command(epilog=_EVERYWHERE)(chat)
 app.command(epilog=_EVERYWHERE)(export)
 app.add_typer(runs_app, name="runs", epilog=_EVERYWHERE)
 app.add_typer(benchmark_app, name="benchmark", epilog=_EVERYWHERE)
