@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import sys
 import urllib.request
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 from tests.inference.small_models import TOKENIZER, small_model
 from tests.process import Cli
-from tests.serving.served_command import url_said
+from tests.serving.served_command import served_command
 
 from truthgpt.cli import demo as demo_module
 from truthgpt.cli.demo import has_display
@@ -41,22 +39,24 @@ def fetch(url: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def test_page_and_api_answer_until_ctrl_c(cli: Cli, folder: Path) -> None:
-    running = cli.start("demo", str(folder), "--port", "0", env={"DISPLAY": "", "WAYLAND_DISPLAY": ""})
-    url = url_said(cli.folder / ".stderr1")
-    assert url.startswith("http://127.0.0.1:")
-    assert "<!doctype html>" in fetch(f"{url}/")
-    about = fetch(f"{url}/api/run")
-    assert about["run"] is None and about["curves"] == {}
-    parameters = sum(parameter.numel() for parameter in small_model("llama").parameters())
-    assert about["model"] == {
-        **{"name": "small", "family": "llama", "parameters": parameters, "context_tokens": 48, "device": "cpu"},
-        **{"dtype": "float32", "chat_template": False, "folder": "small"},
-    }
-    answer = fetch(f"{url}/v1/completions", {"prompt": "def f(", "max_tokens": 1000, "temperature": 0})
-    assert answer["usage"]["completion_tokens"] <= 48 + 1 - 6  # shortened to the context, not refused
-    os.kill(running.pid, signal.SIGINT)
-    finished = running.wait()
-    assert finished.exit_code == 0, finished.stderr
+    no_display = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
+    with served_command(cli, "demo", str(folder), "--port", "0", env=no_display) as command:
+        url = command.url
+        assert url.startswith("http://127.0.0.1:")
+        assert "<!doctype html>" in fetch(f"{url}/")
+        about = fetch(f"{url}/api/run")
+        assert about["run"] is None and about["curves"] == {}
+        parameters = sum(parameter.numel() for parameter in small_model("llama").parameters())
+        assert about["model"] == {
+            **{"name": "small", "family": "llama", "parameters": parameters, "context_tokens": 48, "device": "cpu"},
+            **{"dtype": "float32", "chat_template": False, "folder": "small"},
+        }
+        answer = fetch(f"{url}/v1/completions", {"prompt": "def f(", "max_tokens": 1000, "temperature": 0})
+        assert answer["usage"]["completion_tokens"] <= 48 + 1 - 6  # shortened to the context, not refused
+        streamed = fetch(f"{url}/v1/completions", {"prompt": "def f(", "max_tokens": 20, "stream": True, "seed": 1})
+        assert streamed.count("data: {") > 5  # token by token
+    finished = command.finished
+    assert finished is not None and finished.exit_code == 0
     assert finished.stderr.endswith("stopped\n")
     assert "ssh -L" in finished.stderr and "Traceback" not in finished.stderr
 

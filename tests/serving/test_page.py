@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import signal
 import threading
 import urllib.error
 import urllib.request
@@ -22,7 +21,7 @@ pytest.importorskip("uvicorn", reason="needs the extra demo")
 from tests.process import Cli
 from tests.serving.fake_engine import FakeEngine, expected_text
 from tests.serving.page_browser import CHROMIUM, WAIT_MS, Tab, contrast, served
-from tests.serving.served_command import url_said
+from tests.serving.served_command import served_command
 from truthgpt.runtime.metrics_log import MetricsLog
 from truthgpt.runtime.run_directory import RunDirectory, RunStatus
 
@@ -508,9 +507,8 @@ def test_nothing_is_wider_than_the_window(open_page: Open, width: int, run_direc
     if width < 1024:
         assert tab.page.locator("#panel").is_hidden()
         tab.button("Settings").click()
-        tab.until(
-            lambda: tab.page.evaluate("document.querySelector('#panel').getBoundingClientRect().right <= innerWidth")
-        )
+        box = "document.querySelector('#panel').getBoundingClientRect()"
+        tab.until(lambda: tab.page.evaluate(f"(({{left, right}}) => left >= 0 && right <= innerWidth)({box})"))
         assert tab.page.evaluate(overflow) == 0
         assert tab.page.locator("#curves svg").first.is_visible()
         tab.page.keyboard.press("Escape")
@@ -580,20 +578,17 @@ def test_nothing_on_the_page_points_elsewhere() -> None:
 def test_the_readmes_picture_is_taken(browser: Any, cli: Cli) -> None:
     """Writes docs/images/demo.png: `SCREENSHOT_RUN=runs/llm_default pytest tests/serving/test_page.py -k picture`."""
     run_directory = Path(os.environ["PWD"], os.environ["SCREENSHOT_RUN"])
-    running = cli.start("demo", str(run_directory), "--port", "0", "--no-browser")
-    url = url_said(cli.folder / ".stderr1")
-    context = browser.new_context(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
-    tab = Tab(context.new_page(), url)
-    tab.open()
-    for control, value in {"temperature": "0.4", "max_tokens": "120", "seed": "7"}.items():
-        tab.set(control, value)
-    tab.ask("def read_lines(path):\n")
-    tab.set("max_tokens", "70")
-    tab.ask("import ")
-    tab.page.locator("#curves svg").first.hover(position={"x": 105, "y": 60})
-    PICTURE.parent.mkdir(exist_ok=True)
-    tab.page.screenshot(path=str(PICTURE))
+    with served_command(cli, "demo", str(run_directory), "--port", "0", "--no-browser") as command:
+        context = browser.new_context(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+        tab = Tab(context.new_page(), command.url)
+        tab.open()
+        for control, value in {"temperature": "0.4", "max_tokens": "120", "seed": "7"}.items():
+            tab.set(control, value)
+        tab.ask("def read_lines(path):\n")
+        tab.set("max_tokens", "70")
+        tab.ask("import ")
+        tab.page.locator("#curves svg").first.hover(position={"x": 105, "y": 60})
+        PICTURE.parent.mkdir(exist_ok=True)
+        tab.page.screenshot(path=str(PICTURE))
+        context.close()
     assert PICTURE.stat().st_size < 200_000
-    context.close()
-    os.kill(running.pid, signal.SIGINT)
-    assert running.wait().exit_code == 0

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from truthgpt.cli.benchmark import benchmark_app
+from truthgpt.cli.chat import chat
 from truthgpt.cli.components import components, load_installed_plugins, load_plugins
 from truthgpt.cli.demo import demo
 from truthgpt.cli.doctor import doctor
@@ -77,6 +78,7 @@ app.command("eval", epilog=_EVERYWHERE)(evaluate)
 app.command(epilog=_EVERYWHERE)(generate)
 app.command(epilog=_EVERYWHERE)(serve)
 app.command(epilog=_EVERYWHERE)(demo)
+app.command(epilog=_EVERYWHERE)(chat)
 app.command(epilog=_EVERYWHERE)(export)
 app.add_typer(runs_app, name="runs", epilog=_EVERYWHERE)
 app.add_typer(benchmark_app, name="benchmark", epilog=_EVERYWHERE)

@@ -46,7 +46,7 @@ def demo(
             say(f"no display here: from another machine, ssh -L {number}:127.0.0.1:{number} HOST and open the same URL")
 
     server = ServerOptions("127.0.0.1", port, shorten=True)
-    run_model_server(target, ServingOptions(device=device), server, on_ready, _page)
+    run_model_server(target, ServingOptions(device=device, streaming=True), server, on_ready, _page)
 
 
 def has_display() -> bool:

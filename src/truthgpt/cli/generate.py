@@ -58,6 +58,9 @@ def generate(
     dtype: Annotated[
         ComputeType, typer.Option(help="auto: bf16 on a GPU that has it, float32 elsewhere.")
     ] = ComputeType.auto,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="On a GPU, compile the layers: pays for many prompts.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the answers to this file, one JSON object a line.")
     ] = None,
@@ -71,7 +74,7 @@ def generate(
     from truthgpt.serve_model import ServingOptions, open_text_model
 
     sampling = Sampling(*(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed), stop=tuple(stop or ()))
-    options = ServingOptions(device, dtype.value, kv_cache.value, block_size, size)
+    options = ServingOptions(device, dtype.value, kv_cache.value, block_size, size, compiled=compiled)
     generations = []
     with open_text_model(target, options) as model, _lines(out) as file:
         for generation in generate_texts(model.engine, model.tokenizer, texts, sampling):

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from truthgpt.cli.generate import ComputeType
 from truthgpt.cli.model_server import run_model_server
 from truthgpt.cli.output import say
+from truthgpt.cli.sizes import parse_size
 from truthgpt.errors import ConfigError
 
 
@@ -21,6 +23,15 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu or mps.")] = "auto",
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait for their first token.")] = 1024,
+    dtype: Annotated[
+        ComputeType, typer.Option(help="auto: bf16 on a GPU that has it, float32 elsewhere.")
+    ] = ComputeType.auto,
+    cache_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of the paged cache, such as 4GiB.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="On a GPU, compile the layers: about 10 s at first.")
+    ] = True,
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Environment variable with the key that clients must send.")
     ] = None,
@@ -45,7 +56,9 @@ def serve(
             """-d '{"prompt": "Once upon a time", "max_tokens": 64}'"""
         )
 
-    run_model_server(target, ServingOptions(device=device), options, on_ready)
+    size = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
+    model_options = ServingOptions(device, dtype.value, cache_bytes=size, compiled=compiled, streaming=True)
+    run_model_server(target, model_options, options, on_ready)
 
 
 def api_key_from(variable: str | None) -> str | None:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.85
 """The part of a GPU's free memory that the cache takes when nothing is said; the rest is for activations and logits."""
+RECOMPILE_LIMIT = 32
 HOST_BYTES = 2 * 2**30
 """What it takes at most on other devices."""
 
@@ -89,6 +90,8 @@ def _paged(
     cache = policy.allocate(layers.shapes, count, layers.dtype, model.device)
     if compiled:
         stack.enter_context(joined_linears(model))
+        # One for decoding and one for prompts, each again for single rows and for strides that happen to agree.
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT))
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
     stack.enter_context(paged_model(model, layers.modules, cache))
