@@ -11,13 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from tests.inference.engine_runs import GREEDY, Answer, answers, counted_tokens, finished, opened, reference
+from tests.inference.engine_runs import (
+    GREEDY,
+    Answer,
+    answers,
+    counted_tokens,
+    finished,
+    opened,
+    reference,
+    running_ahead,
+)
 from tests.inference.small_models import CONFIGS, EOS, POSITIONS, TOKENIZER, small_model
 
 from truthgpt.errors import ConfigError
 from truthgpt.inference.engine import Engine, EngineLimits
 from truthgpt.inference.paged_runner import PagedRunner
 from truthgpt.inference.request import Sampling
+from truthgpt.inference.sampling import sample
 from truthgpt.inference.text_stream import continuation
 
 torch.set_num_threads(1)
@@ -49,6 +59,27 @@ def alone(engine: Engine, requests: Sequence[tuple[list[int], Sampling]]) -> lis
     return [finished(engine, [request_id := engine.submit(*request)])[request_id] for request in requests]
 
 
+@pytest.fixture(params=["waits", "runs ahead"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that start when the last tokens are known, and, as on a GPU, before."""
+    if request.param == "runs ahead":
+        running_ahead(monkeypatch)
+
+
+def test_sampled_tokens_follow_from_logits_seed_and_position() -> None:
+    """The same sampler over the logits of whole passes."""
+    settings = Sampling(20, 1.0, top_k=40, top_p=0.95, repetition_penalty=1.2, seed=9)
+    model = small_model("llama").eval()
+    ids = list(PROMPT)
+    for position in range(20):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
+        ids += sample(logits, [settings], [position], [ids]).tolist()
+    with opened(model) as engine:
+        assert answers(engine, [PROMPT], settings) == [ids[len(PROMPT) :]]
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize(
     "changes", [{}, {"limits": EngineLimits(sequences=7, prompt_tokens=11)}, {"blocks": 30}], ids=str
@@ -87,6 +118,7 @@ def preempted(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     return counts
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("limits", [EngineLimits(), EngineLimits(prompt_tokens=3)], ids=str)
 @pytest.mark.parametrize("block_size", [1, 4])
@@ -180,6 +212,7 @@ def test_cancelling_what_is_not_there_is_ignored() -> None:
         assert second != first and finished(engine, [second])[second].finish == "length"
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("streaming", [False, True])
 def test_stop_texts_end_an_answer(streaming: bool) -> None:
     whole = reference("gpt2", tuple(PROMPT))
@@ -293,23 +326,24 @@ def test_after_an_error_in_a_step_and_abandon_the_engine_is_right(after: int, mo
         assert answers(engine, prompts) == [reference("llama", tuple(prompt)) for prompt in prompts]
 
 
+@pytest.mark.usefixtures("either_way")
 def test_logits_that_are_not_finite_end_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = PagedRunner.run
+    forward = PagedRunner.forward
 
-    def spoilt(self: PagedRunner, work: Any) -> torch.Tensor:
-        logits = run(self, work).clone()
-        for row, (sequence, _) in enumerate(work):
-            if sequence.request_id == 1 and sequence.written == 3:
+    def spoilt(self: PagedRunner, new: Any, starts: Any, tables: Any) -> torch.Tensor:
+        logits = forward(self, new, starts, tables).clone()
+        for row, (tokens, start) in enumerate(zip(new, starts, strict=True)):
+            if start + len(tokens) == len(SYSTEM) + 3:  # where only one of them is
                 logits[row, 7] = float("nan")
         return logits
 
-    monkeypatch.setattr(PagedRunner, "run", spoilt)
+    monkeypatch.setattr(PagedRunner, "forward", spoilt)
     with opened(small_model()) as engine:
-        ids = [engine.submit(PROMPT, settings) for settings in (GREEDY, GREEDY, Sampling(10, seed=1))]
+        ids = [engine.submit(prompt, GREEDY) for prompt in (PROMPT, SYSTEM, PROMPT)]
         found = finished(engine, ids)
-    whole = reference("gpt2", tuple(PROMPT))
-    assert found[ids[1]] == Answer(whole[:3], continuation(TOKENIZER, PROMPT, whole[:3]), "error")
-    assert found[ids[0]].tokens == whole and found[ids[2]].finish == "length"
+    whole = reference("gpt2", tuple(SYSTEM))
+    assert found[ids[1]] == Answer(whole[:3], continuation(TOKENIZER, SYSTEM, whole[:3]), "error")
+    assert found[ids[0]].tokens == found[ids[2]].tokens == reference("gpt2", tuple(PROMPT))
 
 
 def run_tokens(passes: list[list[tuple[int, int]]]) -> int:
@@ -339,6 +373,16 @@ def test_many_with_one_beginning_wait_for_it_once(monkeypatch: pytest.MonkeyPatc
     assert run_tokens(passes) == 32 + 19 * (32 - 28), "the beginning once, and the ends"
     prompt_passes = [work for work in passes if any(count > 1 for _, count in work)]
     assert [len(work) for work in prompt_passes] == [1, 19]
+
+
+def test_who_was_put_off_keeps_its_turn() -> None:
+    prompts = [[*SYSTEM, n, n, n] for n in range(6)]
+    with opened(small_model("llama"), 4, limits=EngineLimits(sequences=4)) as engine:
+        for prompt in prompts:
+            engine.submit(prompt, GREEDY)
+        assert [piece.request_id for piece in engine.step()] == [0]
+        assert [piece.request_id for piece in engine.step()] == [1, 2, 3, 0]
+        finished(engine, range(6))
 
 
 def test_who_waits_for_a_beginning_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.inference.engine_runs import Answer, answers, finished, opened, running_ahead
-from tests.inference.small_models import EOS, TOKENIZER, small_model
+from tests.inference.engine_runs import Answer, answers, finished, opened, reference, running_ahead
+from tests.inference.small_models import EOS, POSITIONS, TOKENIZER, small_model
 from transformers import PreTrainedModel
 
 from truthgpt.inference.engine import Engine, EngineLimits
@@ -82,3 +82,13 @@ def test_a_request_is_cancelled_and_another_comes(monkeypatch: pytest.MonkeyPatc
         assert found[ids[1]].finish == "cancelled"
         assert found[ids[1]].tokens == expected[1][: len(found[ids[1]].tokens)]
         assert [found[i].tokens for i in ids[:1] + ids[2:]] == expected[:1] + expected[2:]
+
+
+@pytest.mark.parametrize("prompt_tokens", [3, POSITIONS - 9])
+def test_nothing_is_run_behind_the_last_token(monkeypatch: pytest.MonkeyPatch, prompt_tokens: int) -> None:
+    """The second may fill the model's context to its end."""
+    prompt = list(b"abcdefghij" * 5)[:prompt_tokens]
+    expected = reference("llama", tuple(prompt))
+    with ahead(monkeypatch, small_model("llama")) as (engine, passes):
+        assert answers(engine, [prompt]) == [expected] and len(expected) == 10
+    assert passes == [1] * 8, "of ten tokens: one with the prompt, one to begin with"

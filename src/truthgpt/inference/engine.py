@@ -212,10 +212,8 @@ class Engine:
         if begin == end or end >= len(sequence.tokens):  # the last token is computed in any case
             return False
         block, past = sequence.tokens[begin:end], sequence.tokens[:begin]
-        return any(
-            other.computed + count >= end and other.tokens[begin:end] == block and other.tokens[:begin] == past
-            for other, count in work
-        )
+        # A prompt that is run in part takes the whole budget: whoever comes after it waits in any case.
+        return any(other.tokens[begin:end] == block and other.tokens[:begin] == past for other, _ in work)
 
     def _reserved(self, sequence: TokenSequence, count: int) -> bool:
         try:
