@@ -69,7 +69,7 @@ def greedy_by_hand(model: PreTrainedModel, ids: list[int], count: int) -> list[i
     model.eval()
     for _ in range(count):
         with torch.no_grad():
-            logits = model(torch.tensor([ids]), use_cache=False).logits
+            logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits
         ids = [*ids, int(logits[0, -1].argmax())]
         if ids[-1] == EOS:
             break
