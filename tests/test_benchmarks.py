@@ -168,3 +168,16 @@ def test_optimizers_table_leaves_out_what_is_not_installed(
     printed = capsys.readouterr()
     assert "schedule_free: left out: the package schedulefree" in printed.err
     assert printed.out.splitlines()[2:] == ["| `adamw` | 0.001 | 2.000 (2.000, 2.000) | 8.0 | 1.2 of 9 |"]
+
+
+def test_generation(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = load("generate")
+    numbers = script.random.Random(0)
+    tiny = {"one": ([script.prompt(numbers, 9)], [5]), "two": ([script.prompt(numbers, n) for n in (3, 20)], [7, 4])}
+    monkeypatch.setattr(script, "loads", lambda: tiny)
+    script.main(["--pairs", "1", "--threads", "1", "--json", str(tmp_path / "out.jsonl")])
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["load"] for record in records] == ["one", "two"]
+    for record in records:
+        their, our = record["tokens_per_s"]["transformers"], record["tokens_per_s"]["ours"]
+        assert record["ratio"]["median"] == pytest.approx(our / their)

@@ -424,3 +424,13 @@ def test_in_processes_of_their_own(load: Load, capsys: pytest.CaptureFixture[str
     load("sweep").main(["w1", "--variants", "default", "--out", "results/s.jsonl", "--set", *TINY_GPT2])
     load("table").main(["results"])
     assert "## Sweep" in capsys.readouterr().out
+
+
+def test_requests_of_generation_are_others_in_every_repeat(load: Load) -> None:
+    script = load("generation")
+    for name in script.LOADS:
+        (first, new), (second, same) = (script.requests(name, repeat) for repeat in (1, 2))
+        assert new == same and [len(p) for p in first] == [len(p) for p in second]
+        assert not any(one == other for one, other in zip(first, second, strict=True))
+    prompts, new = script.requests("context64", 0)
+    assert len(prompts) == 64 and {len(prompt) for prompt in prompts} == {384} and set(new) == {256}

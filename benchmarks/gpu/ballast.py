@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import append_record, gpu_state
+from processes import append_record, gpu_state, offline_environment
 from workloads import WORKLOADS
 
 GIGABYTES = (0, 20, 40, 60, 80)
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train() -> tuple[dict[str, Any], str]:
     """What `truthgpt benchmark train --json` reports, and its line about the memory plan."""
     command = [sys.executable, "-m", "truthgpt", "benchmark", "train", str(WORKLOADS["w2"].yaml), *STEP]
-    done = subprocess.run([*command, "--steps", str(STEPS), "--json"], capture_output=True, text=True, check=False)
+    command += ["--steps", str(STEPS), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=offline_environment())
     if done.returncode:
         raise SystemExit(f"the run failed (exit {done.returncode}): {done.stderr[-2000:]}")
     return json.loads(done.stdout), next((line for line in done.stderr.splitlines() if "memory:" in line), "")

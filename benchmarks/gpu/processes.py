@@ -29,16 +29,13 @@ def run_contender(
     A contender that does not end well has a record too, with `failed` and the last line it said.
     """
     command = [sys.executable, str(HERE / f"{contender}.py"), *arguments]
-    # The source beside this folder, so that nothing need be installed.
-    path = os.pathsep.join(part for part in (str(ROOT / "src"), os.environ.get("PYTHONPATH")) if part)
-    variables = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     spawned_unix_s, started_s = time.time(), time.perf_counter()
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**variables, **environment},
+        env={**offline_environment(), **environment},
         start_new_session=True,
     )
     try:
@@ -54,6 +51,13 @@ def run_contender(
         return {**json.loads(stdout.splitlines()[-1]), **times}
     said = [line for line in stderr.splitlines() if line.strip()][-1:]
     return {"contender": contender, "failed": failed, "said": _without_folders("".join(said)), **times}
+
+
+def offline_environment() -> dict[str, str]:
+    """Environment of a process that imports the source beside this folder, so that nothing need be installed, and loads
+    nothing from the hub."""
+    path = os.pathsep.join(part for part in (str(ROOT / "src"), os.environ.get("PYTHONPATH")) if part)
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def compile_cache(folder: Path) -> dict[str, str]:

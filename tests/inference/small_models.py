@@ -54,7 +54,9 @@ def small_model(kind: str = "gpt2", seed: int = 0) -> PreTrainedModel:
     """A model whose choices are clear: random weights of this size would leave every logit near zero."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**{"model_type": kind, "vocab_size": EOS + 1, **(CONFIGS | FURTHER)[kind]})
-    model = AutoModelForCausalLM.from_config(config)
+    # Some versions of transformers leave soft-capping out in sdpa.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -67,7 +69,7 @@ def greedy_by_hand(model: PreTrainedModel, ids: list[int], count: int) -> list[i
     model.eval()
     for _ in range(count):
         with torch.no_grad():
-            logits = model(torch.tensor([ids]), use_cache=False).logits
+            logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits
         ids = [*ids, int(logits[0, -1].argmax())]
         if ids[-1] == EOS:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -105,7 +106,9 @@ def test_an_answer_is_shown_as_it_is_written(open_page: Open) -> None:
     assert prompt_text(engine) == "[user]hello\n[assistant]"
     assert tab.answer() == expected_text(prompt_ids, sampling.seed, 40)
     figures = tab.figures()
-    assert figures.startswith("40 tokens · ") and "tokens/s" in figures and "first after 0." in figures
+    said = re.fullmatch(r"40 tokens · ([\d.]+) tokens/s · first after (\d\.\d\d) s · seed \d+ · limit reached", figures)
+    assert said is not None, figures
+    assert 5 < float(said[1]) <= 50 and float(said[2]) >= 0.02  # it writes 50 a second at most
     assert f"seed {sampling.seed}" in figures
     assert tab.page.locator("#announcer").text_content() == tab.answer()
 

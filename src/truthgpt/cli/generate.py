@@ -80,7 +80,7 @@ def generate(
         for generation in generate_texts(model.engine, model.tokenizer, texts, sampling):
             generations.append(asdict(generation))
             if file is not None:
-                file.write(json.dumps(generations[-1]) + "\n")
+                file.write(json.dumps(generations[-1], ensure_ascii=False) + "\n")
             if json_output or file is not None:
                 say(f"{len(generations)}/{len(texts)} prompts")
             else:

@@ -13,7 +13,8 @@ from truthgpt.attention.install import transformers_attention_in
 from truthgpt.errors import ConfigError
 from truthgpt.inference.engine import Engine, EngineLimits
 from truthgpt.inference.joined_linear import joined_linears
-from truthgpt.inference.paged_runner import AttentionLayers, PagedRunner, attention_layers, paged_model, paged_obstacle
+from truthgpt.inference.paged_probe import AttentionLayers, attention_layers, paged_obstacle
+from truthgpt.inference.paged_runner import PagedRunner, paged_model
 from truthgpt.inference.runner import OneByOneRunner, Runner
 from truthgpt.kv_cache.base import KVCachePolicy
 from truthgpt.kv_cache.paged import PagedKVCache, block_bytes

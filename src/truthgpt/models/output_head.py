@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,8 +49,7 @@ def head_completes_body(model: PreTrainedModel) -> bool:
 
     Measured on a few random tokens: a family may do more between the two than is known here.
     """
-    head = output_head(model)
-    if head is None:
+    if output_head(model) is None:
         return False
     generator = torch.Generator().manual_seed(0)
     vocab_size = int(model.config.get_text_config().vocab_size)
@@ -62,8 +60,10 @@ def head_completes_body(model: PreTrainedModel) -> bool:
         with torch.no_grad(), in_float32(model):
             whole = model(input_ids=ids, use_cache=False).logits
             hidden = last_hidden_states(model, input_ids=ids)
-            bias = None if head.bias is None else head.bias.to(hidden.dtype)
-            parts = replace(head, weight=head.weight.to(hidden.dtype), bias=bias).logits(hidden)
+            with in_float32(model.get_output_embeddings()):
+                head = output_head(model)  # here, where its weight is float32
+                assert head is not None
+                parts = head.logits(hidden)
     finally:
         model.train(training)
     return float((parts - whole).abs().max()) <= TOLERANCE * float(whole.abs().max())  # false for NaN

@@ -41,20 +41,17 @@ export class Clock {
   /** `tokens` have come so far. */
   note(tokens) {
     this.last = performance.now();
-    if (this.first === null && tokens > 0) {
-      this.first = this.last;
-      this.firstTokens = tokens;
-    }
+    if (this.first === null && tokens > 0) this.first = this.last;
     this.tokens = tokens;
   }
 
   text() {
     if (this.first === null) return "waiting for the first token";
     const parts = [`${this.tokens.toLocaleString("en")} ${this.tokens === 1 ? "token" : "tokens"}`];
-    const seconds = (this.last - this.first) / 1000;
-    // The first token took the prompt's time; it counts for the latency, not for the speed.
-    const after = this.tokens - this.firstTokens;
-    if (after > 0 && seconds > 0) parts.push(`${(after / seconds).toFixed(1)} tokens/s`);
+    // Over the whole time: a browser that is busy reads the first tokens late and together, which would make the rest
+    // look faster than it was written.
+    const speed = this.tokens / ((this.last - this.started) / 1000);
+    if (this.tokens > 1) parts.push(`${speed.toFixed(speed < 100 ? 1 : 0)} tokens/s`);
     parts.push(`first after ${((this.first - this.started) / 1000).toFixed(2)} s`);
     return parts.join(" · ");
   }
@@ -87,6 +84,7 @@ export class Entry {
     this.error.hidden = true;
     this.foot = element("div", "foot");
     this.figures = element("span", "figures");
+    this.figures.title = "tokens/s: over the whole time of the answer, that of the prompt included";
     this.buttons = element("span", "buttons");
     this.foot.append(this.figures, this.buttons);
     this.node.append(this.body, this.error, this.foot);

@@ -1,7 +1,7 @@
 """Tokens a second of generation, ours against transformers' three ways: a process each, in one call.
 
-    python benchmarks/gpu/generate.py --out benchmarks/results/generate.jsonl
-    python benchmarks/gpu/generate.py --contenders ours hf_static --loads fixed64
+    python benchmarks/gpu/generation.py --out benchmarks/results/generate.jsonl
+    python benchmarks/gpu/generation.py --contenders ours hf_static --loads fixed64
 
 Loads: `fixedN`, N prompts of 128 tokens and 256 new ones each; `contextN`, N prompts of 384 tokens and 256 new ones, so
 that the context is 512 in the middle; `ragged`, 256 requests whose prompts and answers have 100 to 1,024 tokens each.
@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from processes import append_record, gpu_state
+from processes import append_record, gpu_state, offline_environment
 
 CONTENDERS = ("ours", "hf_dynamic", "hf_static", "hf_paged")
 LOADS = ("fixed64", "fixed256", "context64", "context256", "ragged")
@@ -54,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = [sys.executable, __file__, "--measure", contender, "--repeats", str(options.repeats), "--loads"]
         try:
             done = subprocess.run(
-                [*command, *options.loads], stdout=subprocess.PIPE, text=True, check=False, timeout=TIMEOUT_S
+                [*command, *options.loads],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=False,
+                timeout=TIMEOUT_S,
+                env=offline_environment(),
             )
             said = done.stdout
         except subprocess.TimeoutExpired as error:
