@@ -79,7 +79,8 @@ class CheckpointError(TruthGPTError):
 
 
 class NonFiniteError(TruthGPTError):
-    """Loss or gradient stayed non-finite for more steps than `guards.max_consecutive_skips` allows."""
+    """Loss or gradient stayed non-finite for more steps than `guards.max_consecutive_skips` allows, or logits are not
+    finite."""
 
     exit_code = 5
 

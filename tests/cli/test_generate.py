@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.inference.engine_runs import reference
 from tests.inference.small_models import TOKENIZER, small_model
 from tests.process import Cli, Finished
@@ -154,3 +155,15 @@ def test_files_that_hold_no_prompts(tmp_path: Path, name: str, text: str | bytes
     with pytest.raises(DataError) as caught:
         _prompts(None, tmp_path / name)
     assert str(caught.value).startswith("--prompts: ") and message in str(caught.value)
+
+
+def test_a_model_with_weights_that_are_no_numbers_is_exit_5(cli: Cli) -> None:
+    """By transformers' cache: the probe of the paged one refuses it."""
+    model = small_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(cli.folder / "broken")
+    TOKENIZER.save_pretrained(cli.folder / "broken")
+    finished = cli("generate", "broken", *asked("a", "b"), *GREEDY)
+    assert finished.exit_code == 5 and "2 of 2 answers ended early" in finished.stderr
+    assert "Traceback" not in finished.stderr

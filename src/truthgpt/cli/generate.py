@@ -15,7 +15,7 @@ import typer
 
 from truthgpt.cli.output import emit_json, say
 from truthgpt.cli.sizes import parse_size
-from truthgpt.errors import ConfigError, DataError, RunDirectoryError
+from truthgpt.errors import ConfigError, DataError, NonFiniteError, RunDirectoryError
 
 
 class KVCache(StrEnum):
@@ -87,6 +87,9 @@ def generate(
                 typer.echo(f"{generation.prompt}{generation.text}\n")
     if json_output:
         emit_json(generations)
+    failed = sum(generation["finish"] == "error" for generation in generations)
+    if failed:
+        raise NonFiniteError(f"{failed} of {len(texts)} answers ended early: the model's logits are not finite")
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
