@@ -2,10 +2,10 @@
 
     python benchmarks/generate.py --json benchmarks/results/generate_cpu.jsonl
 
-A Llama of 7M parameters with random weights writes greedily: one prompt of 64 tokens and 128 new ones; and eight
-requests whose prompts have 10 to 128 tokens and whose answers 16 to 256. transformers pads the eight to the longest
-prompt and
-runs them to the longest answer; only tokens that were asked for count.
+A Llama of 7M parameters with random weights writes greedily. `one`: a prompt of 64 tokens, 128 new ones. `eight`:
+requests whose prompts have 10 to 128 tokens and whose answers 16 to 256. `queue`: 32 such requests, eight at a time.
+transformers pads eight to their longest prompt and runs them to their longest answer; only tokens that were asked for
+count.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from truthgpt.inference.engine import Engine
+from truthgpt.inference.engine import Engine, EngineLimits
 from truthgpt.inference.open_engine import open_engine
 from truthgpt.inference.request import Sampling
 from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.runtime.fallbacks import Fallbacks
 
-VOCABULARY, BLOCK_SIZE = 4096, 16
+VOCABULARY, BLOCK_SIZE, BATCH = 4096, 16, 8
 Load = tuple[list[list[int]], list[int]]
 """Prompts, and how many tokens to write after each."""
 
@@ -71,7 +71,8 @@ def compare(
     lengths = [len(prompt) + count for prompt, count in zip(*load, strict=True)]
     for _ in range(pairs + 1):  # the first of each warms up
         theirs.append(timed(lambda: generate(model, load)))
-        with open_engine(model, tokenizer, PagedKVCache(BLOCK_SIZE), Fallbacks(strict=True), lengths=lengths) as engine:
+        policy, limits = PagedKVCache(BLOCK_SIZE), EngineLimits(sequences=BATCH)
+        with open_engine(model, tokenizer, policy, Fallbacks(strict=True), limits, lengths=lengths) as engine:
             ours.append(timed(lambda engine=engine: answer(engine, load)))
     ours, theirs = ours[1:], theirs[1:]
     asked = sum(load[1])
@@ -95,8 +96,12 @@ def answer(engine: Engine, load: Load) -> None:
 
 
 def generate(model: PreTrainedModel, load: Load) -> None:
-    """transformers' `generate`: padded on the left, one batch."""
+    """transformers' `generate`: batches of eight, padded on the left."""
     prompts, new = load
+    if len(prompts) > BATCH:
+        generate(model, (prompts[:BATCH], new[:BATCH]))
+        generate(model, (prompts[BATCH:], new[BATCH:]))
+        return
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -107,10 +112,13 @@ def generate(model: PreTrainedModel, load: Load) -> None:
 
 
 def loads() -> dict[str, Load]:
-    """One request, and eight of all lengths."""
+    """One request, eight of all lengths, and 32 of them."""
     numbers = random.Random(1)
     lengths, new = [numbers.randint(10, 128) for _ in range(8)], [numbers.randint(16, 256) for _ in range(8)]
-    return {"one": ([prompt(numbers, 64)], [128]), "eight": ([prompt(numbers, length) for length in lengths], new)}
+    eight = [prompt(numbers, length) for length in lengths], new
+    lengths, new = [numbers.randint(10, 128) for _ in range(32)], [numbers.randint(16, 256) for _ in range(32)]
+    queue = [prompt(numbers, length) for length in lengths], new
+    return {"one": ([prompt(numbers, 64)], [128]), "eight": eight, "queue": queue}
 
 
 def prompt(numbers: random.Random, length: int) -> list[int]:

@@ -291,7 +291,8 @@ def test_never_more_positions_than_the_model_has(
     assert len(result.token_ids) == written or result.token_ids[-1] == EOS
     assert result.finish == ("stop" if result.token_ids[-1] == EOS else "length")
     fits = prompt_tokens + asked - 1 <= POSITIONS
-    assert len(caplog.records) == (0 if fits else 1)
+    said = [record for record in caplog.records if record.name.startswith("truthgpt")]
+    assert len(said) == (0 if fits else 1)
     assert fits or f"writing at most {written} of {asked} new ones" in caplog.text
 
 

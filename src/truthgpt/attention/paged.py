@@ -29,6 +29,19 @@ Blocks = tuple[int, ...] | range
 
 
 @dataclass(frozen=True)
+class PaddedPositions:
+    """Positions of several sequences, the last of each its only new one.
+
+    Attributes:
+        slots: int64 `(B * T,)`: where each sequence's positions are, then any up to the longest.
+        distance: int64 `(B, T)`: how far behind the new one each is; below 0 where there is none.
+    """
+
+    slots: torch.Tensor
+    distance: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PagedStep:
     """Where the tokens of a forward pass stand: sequence i has `counts[i]` new ones behind `starts[i]` old ones.
 
@@ -39,6 +52,9 @@ class PagedStep:
         starts, counts, blocks: the same for the host; empty when `decoding`.
         borders: int32 `(2, B + 1)`: where each sequence's queries and keys begin, for several new tokens on a GPU.
         seen: int64: slots of all positions of all sequences; None: there are new ones only.
+        alone: slots of all positions of the only sequence, which has one new token and blocks that follow one another,
+            where no kernel serves.
+        padded: the same in a rectangle, where each of several sequences has one new token and no kernel serves.
         kernels: a GPU with Triton runs it.
         decoding: one new token a sequence, which the kernels attend for.
     """
@@ -51,6 +67,8 @@ class PagedStep:
     blocks: tuple[Blocks, ...] = ()
     borders: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+    alone: range | None = None
+    padded: PaddedPositions | None = None
     kernels: bool = False
     decoding: bool = False
 
@@ -77,6 +95,8 @@ def paged_attention(
     del attention_mask, dropout, others
     keys, values = getattr(module, KEY_PAGES), getattr(module, VALUE_PAGES)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if paged.alone is not None and softcap is None:
+        return _alone(query, key, value, keys, values, paged.alone, scaling, sliding_window), None
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (N, H_kv, D)
     if paged.kernels:
         write_pages(new_keys.to(keys.dtype), new_values.to(keys.dtype), keys, values, paged.slots)
@@ -88,11 +108,39 @@ def paged_attention(
         tables, lengths = paged.block_tables, paged.lengths
         output = paged_decode(queries, keys, values, tables, lengths, scaling, sliding_window, softcap)
     else:
-        output = _of_several(queries, new_keys, new_values, keys, values, paged, scaling, sliding_window, softcap)
+        attend = _left_out if torch.compiler.is_compiling() else _of_several
+        output = attend(queries, new_keys, new_values, keys, values, paged, scaling, sliding_window, softcap)
     return output.unsqueeze(0).contiguous(), None  # some models view the heads as one
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at numbers that are others in every step
+def _alone(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: range,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """One new token of one sequence, `(1, 1, H, D)`: a model that is small waits for every operation there is."""
+    heads, size = query.shape[1], query.shape[3]
+    first = slots.start if window is None else max(slots.start, slots.stop - window)
+    seen_keys, seen_values = (
+        _written(pages, new, slots.stop - 1)[None, first : slots.stop].transpose(1, 2)
+        for pages, new in ((keys, key), (values, value))
+    )
+    rows = query.reshape(1, keys.shape[2], heads // keys.shape[2], size)  # those that share keys
+    return F.scaled_dot_product_attention(rows, seen_keys, seen_values, scale=scaling).view(1, 1, heads, size)
+
+
+def _written(pages: torch.Tensor, new: torch.Tensor, slot: int) -> torch.Tensor:
+    """The pages in a row, `(positions, H_kv, D)`, with the token's `(1, H_kv, 1, D)` at its slot."""
+    positions = pages.view(-1, *pages.shape[2:])
+    positions[slot] = new[0, :, 0]
+    return positions
+
+
 def _of_several(
     queries: torch.Tensor,
     new_keys: torch.Tensor,
@@ -106,6 +154,8 @@ def _of_several(
 ) -> torch.Tensor:
     """Attention where sequences have several new tokens; `(N, H, D)`."""
     flash = queries.dtype in HALF and queries.shape[-1] <= MAX_HEAD_SIZE and softcap is None
+    if paged.padded is not None:
+        return _all_at_once(queries, keys, values, paged.padded, scaling, window, softcap)
     if not flash or paged.borders is None:
         return _one_by_one(queries, keys, values, paged, scaling, window, softcap)
     if paged.seen is not None:
@@ -136,6 +186,36 @@ def _one_by_one(
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
+_left_out = torch.compiler.disable(_of_several)  # type: ignore[no-untyped-call]
+"""The same as compiled layers call it: it looks at numbers that are others in every step."""
+
+
+def _all_at_once(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    padded: PaddedPositions,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One query a sequence: `(B, H, D)`."""
+    batch, heads, size = queries.shape
+    shape = (batch, -1, *keys.shape[2:])
+    seen_keys, seen_values = (
+        pages.flatten(0, 1).index_select(0, padded.slots).view(shape).transpose(1, 2) for pages in (keys, values)
+    )
+    visible = padded.distance >= 0 if window is None else (padded.distance >= 0) & (padded.distance < window)
+    rows = queries.view(batch, keys.shape[2], heads // keys.shape[2], size)  # those that share keys
+    mask = visible[:, None, None]
+    if softcap is None:
+        output = F.scaled_dot_product_attention(rows, seen_keys, seen_values, attn_mask=mask, scale=scaling)
+    else:
+        scores = softcap * torch.tanh(rows.float() @ seen_keys.float().mT * (scaling / softcap))
+        output = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(queries.dtype) @ seen_values
+    return output.view(batch, heads, size)
+
+
 def _positions(pages: torch.Tensor, blocks: Blocks, first: int, end: int) -> torch.Tensor:
     """Positions `first` to `end` of a sequence, `(H_kv, T, D)`; a view where its blocks follow one another."""
     size = pages.shape[1]
@@ -155,11 +235,12 @@ def _plain(
     """`(n, H, D)` queries, the last of `(H_kv, T, D)` keys: `(n, H, D)`."""
     new, heads, size = queries.shape
     groups = heads // keys.shape[0]
+    if new == 1:
+        rows = queries.view(1, keys.shape[0], groups, size)
+        return F.scaled_dot_product_attention(rows, keys[None], values[None], scale=scaling).view(1, heads, size)
     # The query heads that share keys stand as further rows, so that no key is repeated.
     rows = queries.view(new, keys.shape[0], groups, size).permute(1, 2, 0, 3).reshape(keys.shape[0], groups * new, size)
-    mask = None
-    if new > 1:
-        mask = _visible(new, keys.shape[1], window, queries.device).repeat(groups, 1)
+    mask = _visible(new, keys.shape[1], window, queries.device).repeat(groups, 1)
     output = F.scaled_dot_product_attention(rows[None], keys[None], values[None], attn_mask=mask, scale=scaling)
     return output[0].view(keys.shape[0], groups, new, size).permute(2, 0, 1, 3).reshape(new, heads, size)
 

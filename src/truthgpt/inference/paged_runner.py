@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from truthgpt.attention.install import install_attention
-from truthgpt.attention.paged import KEY_PAGES, VALUE_PAGES, Blocks, PagedStep, paged_attention
+from truthgpt.attention.paged import KEY_PAGES, VALUE_PAGES, Blocks, PaddedPositions, PagedStep, paged_attention
 from truthgpt.inference.decode_graph import DecodeGraphs
 from truthgpt.inference.runner import Work, logits_to_keep
 from truthgpt.inference.token_sequence import TokenSequence
@@ -151,6 +151,7 @@ class PagedRunner:
         for row, table in zip(rows, tables, strict=True):
             row[: len(table)] = table
         decoding = self._kernels and max(counts) == 1
+        together = not decoding and len(counts) > 1 and max(counts) == 1
         several = device.type == "cuda" and not decoding
         return PagedStep(
             slots=torch.from_numpy(slots).to(device),
@@ -161,6 +162,8 @@ class PagedRunner:
             blocks=() if decoding else tuple(_in_one_piece(table) for table in tables),
             borders=_borders(counts, totals).to(device) if several else None,
             seen=torch.from_numpy(np.concatenate(every)).to(device) if several and any(starts) else None,
+            alone=_alone(tables[0], totals[0], size) if counts == [1] and not decoding else None,
+            padded=_padded(every, totals, device) if together else None,
             kernels=self._kernels,
             decoding=decoding,
         )
@@ -171,9 +174,25 @@ def _in_one_piece(table: tuple[int, ...]) -> Blocks:
     return whole if table == tuple(whole) else table
 
 
+def _alone(table: tuple[int, ...], total: int, size: int) -> range | None:
+    """Slots of a sequence's positions, where its blocks follow one another."""
+    blocks = _in_one_piece(table)
+    return range(blocks.start * size, blocks.start * size + total) if isinstance(blocks, range) else None
+
+
 def _slots(table: tuple[int, ...], size: int, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Where in the flattened pages the first `total` positions of a sequence are."""
     return (np.array(table, dtype=np.int64)[:, None] * size + np.arange(size)).ravel()[:total]
+
+
+def _padded(
+    slots: Sequence[np.ndarray[Any, np.dtype[np.int64]]], totals: Sequence[int], device: torch.device
+) -> PaddedPositions:
+    rectangle = np.zeros((len(totals), max(totals)), dtype=np.int64)
+    for row, of_sequence in zip(rectangle, slots, strict=True):
+        row[: len(of_sequence)] = of_sequence
+    distance = np.array(totals)[:, None] - 1 - np.arange(max(totals))
+    return PaddedPositions(torch.from_numpy(rectangle.ravel()).to(device), torch.from_numpy(distance).to(device))
 
 
 def _borders(counts: Sequence[int], totals: Sequence[int]) -> torch.Tensor:
