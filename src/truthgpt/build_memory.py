@@ -79,6 +79,11 @@ class StepCost:
         return self.step.layers
 
     @property
+    def mostly_frozen(self) -> bool:
+        """See `memory.base.TrainingCost`."""
+        return 2 * self.trainable_parameters < self.parameters
+
+    @property
     def tokens_per_step(self) -> int:
         """Positions of a step."""
         return self.samples * self.step.length

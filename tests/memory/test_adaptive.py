@@ -23,6 +23,7 @@ class MadeUpCost:
     input_bytes: int = 10
     fixed_bytes: int = 50
     average_bytes: int = 0
+    mostly_frozen: bool = False
 
     def memory(self, plan: MemoryPlan) -> MemoryEstimate:
         recomputed = min(plan.checkpointed_layers, self.layers)
@@ -109,3 +110,11 @@ def test_a_plan_that_is_not_the_yamls_is_said(caplog: pytest.LogCaptureFixture) 
     assert caplog.text == ""
     manager.choose(2, 1, "auto")
     assert "2 x 1 samples a step: predicted peak" in caplog.text
+
+
+@pytest.mark.parametrize("mostly_frozen", [False, True])
+def test_what_saves_memory_is_nothing_the_run_does_already(mostly_frozen: bool) -> None:
+    with pytest.raises(OutOfMemoryError) as caught:
+        AdvancedMemoryManager(MadeUpCost(mostly_frozen=mostly_frozen), 10, "any").choose(4, 2, "auto")
+    assert ("model.lora.enabled=true" in str(caught.value)) is not mostly_frozen
+    assert ("nf4" in str(caught.value)) is mostly_frozen

@@ -1,8 +1,8 @@
 """Attention over keys and values that lie in the blocks of a paged cache, as transformers' models call it.
 
 The tokens of all sequences stand one after the other in one row. Where a GPU's kernels serve, one new token a sequence
-goes through `paged_kernels`, several through PyTorch's variable-length flash attention; anything else is computed one
-sequence at a time.
+goes through `paged_kernels`, several through PyTorch's variable-length flash attention. Elsewhere one new token a
+sequence is computed for all sequences at once, several for one sequence at a time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PagedStep:
         seen: int64: slots of all positions of all sequences; None: there are new ones only.
         alone: slots of all positions of the only sequence, which has one new token and blocks that follow one another,
             where no kernel serves.
-        padded: the same in a rectangle, where each of several sequences has one new token and no kernel serves.
+        padded: the same of all sequences in a rectangle, where each has one new token and no kernel serves.
         kernels: a GPU with Triton runs it.
         decoding: one new token a sequence, which the kernels attend for.
     """
@@ -235,9 +235,6 @@ def _plain(
     """`(n, H, D)` queries, the last of `(H_kv, T, D)` keys: `(n, H, D)`."""
     new, heads, size = queries.shape
     groups = heads // keys.shape[0]
-    if new == 1:
-        rows = queries.view(1, keys.shape[0], groups, size)
-        return F.scaled_dot_product_attention(rows, keys[None], values[None], scale=scaling).view(1, heads, size)
     # The query heads that share keys stand as further rows, so that no key is repeated.
     rows = queries.view(new, keys.shape[0], groups, size).permute(1, 2, 0, 3).reshape(keys.shape[0], groups * new, size)
     mask = _visible(new, keys.shape[1], window, queries.device).repeat(groups, 1)

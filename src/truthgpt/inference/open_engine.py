@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.85
 """The part of a GPU's free memory that the cache takes when nothing is said; the rest is for activations and logits."""
-RECOMPILE_LIMIT = 32
 HOST_BYTES = 2 * 2**30
 """What it takes at most on other devices."""
+RECOMPILE_LIMIT = 32
+"""Shapes a layer is compiled for before it stays eager."""
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def open_engine(
         limits: how much is done at once.
         cache_bytes: memory of a paged cache; None: most of what a GPU has free, or 2 GiB elsewhere.
         lengths: positions that each request needs, for a cache that holds no more than all of them; None: not known.
-        compiled: on a GPU, compile the layers for decoding: half a minute at first, for more tokens a second.
+        compiled: on a GPU, compile the layers: about ten seconds at first, for more tokens a second.
         streaming: text comes with every token, not at the end.
 
     Raises:

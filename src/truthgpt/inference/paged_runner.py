@@ -151,7 +151,8 @@ class PagedRunner:
         for row, table in zip(rows, tables, strict=True):
             row[: len(table)] = table
         decoding = self._kernels and max(counts) == 1
-        together = not decoding and len(counts) > 1 and max(counts) == 1
+        single = not decoding and max(counts) == 1
+        alone = _alone(tables[0], totals[0], size) if single and len(counts) == 1 else None
         several = device.type == "cuda" and not decoding
         return PagedStep(
             slots=torch.from_numpy(slots).to(device),
@@ -162,8 +163,8 @@ class PagedRunner:
             blocks=() if decoding else tuple(_in_one_piece(table) for table in tables),
             borders=_borders(counts, totals).to(device) if several else None,
             seen=torch.from_numpy(np.concatenate(every)).to(device) if several and any(starts) else None,
-            alone=_alone(tables[0], totals[0], size) if counts == [1] and not decoding else None,
-            padded=_padded(every, totals, device) if together else None,
+            alone=alone,
+            padded=_padded(every, totals, device) if single and alone is None else None,
             kernels=self._kernels,
             decoding=decoding,
         )

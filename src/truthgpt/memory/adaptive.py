@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
+_FOR_ALL_WEIGHTS = ["model.lora.enabled=true", "training.weights=bf16_stochastic (12 bytes a weight instead of 16)"]
+"""What saves memory where all weights are trained."""
+
+
 class AdvancedMemoryManager:
     """Chooses micro-batch, accumulation and checkpointed layers; the samples of a step stay what the YAML says.
 
@@ -100,8 +104,7 @@ class AdvancedMemoryManager:
         settings = [
             *(["model.gradient_checkpointing=auto"] if checkpointing is False else []),
             *(["ema.on_cpu=true", "ema.enabled=false"] if least.average else []),
-            "model.lora.enabled=true",
-            "training.weights=bf16_stochastic (12 bytes a weight instead of 16)",
+            *(["model.lora.quantization=nf4"] if self._cost.mostly_frozen else _FOR_ALL_WEIGHTS),
             "a smaller data.max_seq_len or model",
         ]
         raise OutOfMemoryError(

@@ -64,6 +64,11 @@ class TrainingCost(Protocol):
         """Decoder layers that can be checkpointed."""
         ...
 
+    @property
+    def mostly_frozen(self) -> bool:
+        """Whether less than half of the weights is trained: there are adapters."""
+        ...
+
     def memory(self, plan: MemoryPlan) -> MemoryEstimate:
         """Bytes at the peak of a step."""
         ...
