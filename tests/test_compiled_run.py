@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-import truthgpt.build
+from tests.compiled_graphs import count_graphs_after_the_plan
 from tests.sample_data import write_sources
 from tests.test_build import build_small_trainer
-from truthgpt.build_memory import PlannedMemory
 
 COMMON = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4, num_attention_heads: 2, num_key_value_heads: 1"
 GPT2 = "n_embd: 32, n_layer: 4, n_head: 2, n_positions: 64, resid_pdrop: 0.1, attn_pdrop: 0.0"
@@ -35,22 +34,14 @@ DATA = {
 
 @pytest.fixture(autouse=True)
 def _without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.compile as it is, with a backend that takes no seconds; graphs are counted once memory is planned, which
-    compiles for tensors without storage."""
-    compile_module, plan_memory = nn.Module.compile, truthgpt.build.plan_memory
+    """torch.compile as it is, with a backend that takes no seconds."""
+    compile_module = nn.Module.compile
 
     def quickly(self: nn.Module, *, mode: str = "default", backend: str = "aot_eager", **keywords: Any) -> None:
         compile_module(self, backend=backend, **keywords)
 
-    def plan_first(*arguments: Any) -> PlannedMemory:
-        planned = plan_memory(*arguments)
-        counters.clear()
-        return planned
-
     monkeypatch.setattr(nn.Module, "compile", quickly)
-    monkeypatch.setattr(truthgpt.build, "plan_memory", plan_first)
-    torch._dynamo.reset()
-    counters.clear()
+    count_graphs_after_the_plan(monkeypatch)
     yield
     torch._dynamo.reset()
 

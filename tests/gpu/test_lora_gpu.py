@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.attention.packed_models import model_of
+from tests.compiled_graphs import count_graphs_after_the_plan
 from tests.gpu.gpu_runs import (
     LLAMA,
     LOSS_NOISE,
@@ -103,9 +104,10 @@ def test_base_is_never_in_float32(tmp_path: Path, compiled: bool) -> None:
     [(f"model.config={LLAMA}",), PACKED, (*PACKED, DORA), (), (DORA,)],
     ids=["joined", "packed", "packed dora", "gpt2", "gpt2 dora"],
 )
-def test_whole_layers_are_compiled_once(tmp_path: Path, data: tuple[str, ...], accumulation: int) -> None:
-    torch._dynamo.reset()
-    counters.clear()
+def test_whole_layers_are_compiled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: tuple[str, ...], accumulation: int
+) -> None:
+    count_graphs_after_the_plan(monkeypatch)
     chosen = (*LORA, COMPILED, *data, f"training.grad_accum_steps={accumulation}")
     trainer = gpu_trainer(tmp_path, "run", *chosen)
     assert json.loads((tmp_path / "run/environment.json").read_text())["fallbacks"] == []

@@ -49,7 +49,7 @@ def adapted(model: PreTrainedModel, wanted: LoraSettings, *, trained: bool = Tru
     generator = torch.Generator().manual_seed(5)
     if trained:
         for name, weight in adapter_weights(model).items():
-            noise = torch.randn(weight.shape, generator=generator) * 0.2
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device) * 0.2
             # Magnitudes are lengths: they stay near those of the base's rows.
             weight.copy_(weight * (1 + noise) if name.endswith("magnitude_vector") else noise)
     if share:
