@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+import truthgpt.build
+import truthgpt.runtime.onednn
+import truthgpt.runtime.precision
 from tests.plugins.reference_attention import reference_attention
 from tests.sample_data import BASE, write_sources
 from truthgpt.build import Components, build_components, build_evaluation
@@ -25,6 +28,7 @@ from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.factories.registry import Availability, Options, Registry
 from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.load_model import LoadedModel
+from truthgpt.runtime.onednn import linear_layers
 from truthgpt.trainers.trainer import GenericTrainer
 from truthgpt.validate_config import load_config
 
@@ -247,3 +251,31 @@ def test_a_model_with_masks_of_its_own_keeps_transformers_attention(tmp_path: Pa
     (fallback,) = components.fallbacks.to_json()
     assert "needs masks of its own" in fallback["reason"]
     assert components.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "by_onednn"),
+    [
+        ((), True),
+        (("model.lora.enabled=true",), True),
+        (("training.mixed_precision=bf16",), False),
+        (("training.torch_compile=true",), False),
+    ],
+    ids=["float32", "adapters", "bf16", "compiled"],
+)
+def test_float32_on_a_cpu_is_multiplied_by_onednn_where_that_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], by_onednn: bool
+) -> None:
+    monkeypatch.setattr(truthgpt.runtime.onednn, "is_faster", lambda: True)
+    monkeypatch.setattr(truthgpt.runtime.precision, "has_native_bf16", lambda device: True)
+    monkeypatch.setattr(truthgpt.build, "compile_layers", lambda *arguments: None)
+    config = small_config(tmp_path, "data.validation_fraction=0.1", *overrides)
+    components = build_components(config)
+    layers = linear_layers(components.model)
+    assert layers and {"forward" in vars(layer) for layer in layers} == {by_onednn}
+    if "training.torch_compile=true" in overrides:
+        return
+    for layer in layers:
+        vars(layer).pop("forward", None)
+    build_evaluation(config, LoadedModel(components.model, components.tokenizer, tmp_path, run_directory=None))
+    assert {"forward" in vars(layer) for layer in layers} == {by_onednn}

@@ -42,6 +42,7 @@ from truthgpt.runtime.device import choose_device, configure_backends
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.float8 import Recipe, float8_obstacle, multiply_in_float8
 from truthgpt.runtime.flops import peak_flops
+from truthgpt.runtime.onednn import multiply_by_onednn
 from truthgpt.runtime.precision import Precision, choose_precision, hold_frozen_in_bf16, hold_weights_in_bf16
 from truthgpt.task import TaskParts
 from truthgpt.trainers.engine import Objective
@@ -166,6 +167,7 @@ def build_evaluation(config: Config, loaded: LoadedModel) -> EvaluationComponent
         share_adapter_inputs(loaded.model)
         precision = hold_frozen_in_bf16(loaded.model) if precision.name == "bf16" else precision
     objective = image_classification_loss if loaded.tokenizer is None else choose_loss(loaded.model, fallbacks)
+    _multiply_on_cpu(loaded.model, precision)
     return EvaluationComponents(loader, _build_metrics(config, loaded.tokenizer), objective, precision)
 
 
@@ -220,6 +222,7 @@ def _compile(config: Config, task: TaskParts, precision: Precision, max_steps: i
     if training.float8 != "none":
         _multiply_in_float8(training.float8, model, compiled, precision, fallbacks)
     if not compiled:
+        _multiply_on_cpu(model, precision)
         return False
     mode, graph = training.compile_mode, training.compile_mode == "reduce-overhead"
     if graph:
@@ -235,6 +238,11 @@ def _compile(config: Config, task: TaskParts, precision: Precision, max_steps: i
 
     compile_layers(model, mode, task.fixed_shapes, probe, fallbacks)
     return graph
+
+
+def _multiply_on_cpu(model: PreTrainedModel, precision: Precision) -> None:
+    if model.device.type == "cpu" and precision.name == "none":
+        multiply_by_onednn(model)
 
 
 def _multiply_in_float8(

@@ -89,8 +89,8 @@ def test_base_is_never_in_float32(tmp_path: Path, compiled: bool) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert frozen > 200e6 and {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     built = torch.cuda.max_memory_allocated() - before
-    layer = 17e6 * 4
-    assert built < 2 * frozen + 8 * trained + layer + 80e6, f"{built / frozen:.2f} bytes a weight"
+    layer = 17e6 * 4  # and the workspaces of the products, which an earlier test may have left there or not
+    assert built < 2 * frozen + 8 * trained + layer + 150e6, f"{built / frozen:.2f} bytes a weight"
     for step, batch in enumerate(islice(trainer.parts.loader.batches(), 3)):
         trainer.parts.engine.train_step(batch, step)
     held = torch.cuda.memory_allocated() - before

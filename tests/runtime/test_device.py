@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from truthgpt.runtime.device import (
     choose_device,
     configure_backends,
     describe_hardware,
+    is_amd_processor,
     usable_cores,
 )
 from truthgpt.runtime.fallbacks import Fallbacks
@@ -128,3 +131,25 @@ def test_cores_follow_the_affinity() -> None:
     finally:
         os.sched_setaffinity(0, allowed)
     assert usable_cores() == len(allowed)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "elsewhere", "is_amd"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", "", True),
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Intel Xeon\n", "", False),
+        ("processor\t: 0\nBogoMIPS\t: 243.75\n", "aarch64", False),
+        (None, "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", True),
+        (None, "AMD64 Family 6 Model 85 Stepping 7, GenuineIntel", False),
+        (None, "arm", False),
+    ],
+)
+def test_makers_of_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, elsewhere: str, is_amd: bool
+) -> None:
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(cpuinfo)
+    monkeypatch.setattr(device_module, "Path", lambda _: path)
+    monkeypatch.setattr(platform, "processor", lambda: elsewhere)
+    assert is_amd_processor() == is_amd

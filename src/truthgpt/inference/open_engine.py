@@ -13,6 +13,7 @@ from truthgpt.attention.install import transformers_attention_in
 from truthgpt.errors import ConfigError
 from truthgpt.inference.engine import Engine, EngineLimits
 from truthgpt.inference.joined_linear import joined_linears
+from truthgpt.inference.packed_linear import packed_linears
 from truthgpt.inference.paged_probe import AttentionLayers, attention_layers, paged_obstacle
 from truthgpt.inference.paged_runner import PagedRunner, paged_model
 from truthgpt.inference.runner import OneByOneRunner, Runner
@@ -63,6 +64,8 @@ def open_engine(
         compiled = compiled and model.device.type == "cuda" and has_triton()
         if not compiled:  # layers that were compiled for training: every length would be compiled anew
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if model.device.type == "cpu":
+            stack.enter_context(packed_linears(model))
         runner = _paged(model, policy, fallbacks, cache_bytes, lengths, compiled, stack)
         if runner is None:
             stack.enter_context(transformers_attention_in(model))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from truthgpt.data.base import IGNORED_LABEL
+from truthgpt.runtime.onednn import matmul
 
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**25}
 """Size of one chunk's logits. On a GPU large chunks pay: each reads and writes the head's gradient once (1 GB with a
@@ -99,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], settings.chunk_tokens):
                 rows = slice(start, start + settings.chunk_tokens)
                 inputs = hidden[rows].to(settings.dtype)
-                logits = inputs @ head.T
+                logits = matmul(inputs, head.T)
                 if bias is not None:
                     logits[:, : bias.shape[0]] += bias
                 losses[rows], logits = _losses(logits, labels[rows], weight.shape[0], settings, gradients.wanted)
@@ -134,7 +135,7 @@ class _Gradients:
     def add(self, rows: slice, inputs: torch.Tensor, head: torch.Tensor, logits: torch.Tensor) -> None:
         """Take in one chunk: its inputs `(n, D)`, the head `(V, D)` and the gradient of its logits `(n, V)`."""
         if self._hidden is not None:
-            self._hidden[rows] = logits @ head
+            self._hidden[rows] = matmul(logits, head)
         if self._needs_weight:
             self._weight = _sum_product(self._weight, logits.T, inputs)
         if self._bias is not None:
@@ -154,7 +155,7 @@ def _summed_in(dtype: torch.dtype) -> torch.dtype:
 def _sum_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`total + left @ right` in float32, in place where there is a total."""
     if not left.is_cuda or left.dtype == _summed_in(left.dtype):
-        product = (left @ right).to(_summed_in(left.dtype))
+        product = matmul(left, right).to(_summed_in(left.dtype))
         return product if total is None else total.add_(product)
     # The products of half-precision matrices are summed up in float32 inside the kernel and not rounded in between.
     if total is None:

@@ -94,13 +94,23 @@ def cap_workers(wanted: int, fallbacks: Fallbacks) -> int:
     return cores
 
 
+def is_amd_processor() -> bool:
+    """Whether the host's processor is one of AMD's."""
+    return "AuthenticAMD" in (_cpuinfo("vendor_id") or platform.processor())
+
+
 def _processor_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str | None:
+    """What Linux says of the first processor; None elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(key):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return None
 
 
 def free_memory_bytes(device: torch.device) -> int | None:

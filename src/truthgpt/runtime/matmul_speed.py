@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import torch
 
+from truthgpt.runtime.onednn import matmul
+
 GPU_SIZE = 8192
 """Rows and columns on a GPU: large enough that its speed no longer rises with the size."""
 CPU_SIZE = 1024
@@ -37,11 +39,10 @@ def measure_matmul_speed(device: torch.device, dtype: torch.dtype) -> MatmulSpee
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
-    product = torch.empty_like(left)
     for _ in range(WARM_UP_REPEATS):
-        torch.mm(left, right, out=product)
-    measure = _seconds_by_events if device.type == "cuda" else _seconds_by_clock
-    seconds = statistics.median(measure(left, right, product))
+        product = matmul(left, right)
+    of_each = _seconds_by_events(left, right, product) if device.type == "cuda" else _seconds_by_clock(left, right)
+    seconds = statistics.median(of_each)
     return MatmulSpeed(2 * size**3 / seconds, size, str(dtype).removeprefix("torch."))
 
 
@@ -56,11 +57,11 @@ def _seconds_by_events(left: torch.Tensor, right: torch.Tensor, product: torch.T
     return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
 
 
-def _seconds_by_clock(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) -> list[float]:
+def _seconds_by_clock(left: torch.Tensor, right: torch.Tensor) -> list[float]:
     seconds = []
     for _ in range(REPEATS):
         start_s = time.perf_counter()
-        torch.mm(left, right, out=product)
+        product = matmul(left, right)
         float(product[0, 0])  # waits, where the device works on its own
         seconds.append(time.perf_counter() - start_s)
     return seconds
