@@ -1,14 +1,15 @@
 """Attention over keys and values that lie in the blocks of a paged cache, as transformers' models call it.
 
-The tokens of all sequences stand one after the other in one row. Where a GPU's kernels serve, one new token a sequence
-goes through `paged_kernels`, several through PyTorch's variable-length flash attention. Elsewhere one new token a
-sequence is computed for all sequences at once, several for one sequence at a time.
+The tokens of all sequences stand one after the other in one row. How they find the positions before them depends on
+the pass: a kernel reads the blocks for one new token a sequence (`InBlocks`), several new ones go through PyTorch's
+variable-length flash attention (`Ragged`) or one sequence at a time (`OneByOne`); without a kernel, one new token of
+each sequence is computed in a rectangle (`Rectangle`), that of a lone sequence where its keys lie (`Alone`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,49 +29,35 @@ Blocks = tuple[int, ...] | range
 """A sequence's blocks in order; a range where they follow one another, which is read without a copy."""
 
 
-@dataclass(frozen=True)
-class PaddedPositions:
-    """Positions of several sequences, the last of each its only new one.
+class KeysValues(NamedTuple):
+    """Pages, `(blocks, block_size, H_kv, D)`, or what new tokens add to them, `(N, H_kv, D)`."""
 
-    Attributes:
-        slots: int64 `(B * T,)`: where each sequence's positions are, then any up to the longest.
-        distance: int64 `(B, T)`: how far behind the new one each is; below 0 where there is none.
-    """
-
-    slots: torch.Tensor
-    distance: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
-@dataclass(frozen=True)
-class PagedStep:
-    """Where the tokens of a forward pass stand: sequence i has `counts[i]` new ones behind `starts[i]` old ones.
+class Scores(NamedTuple):
+    """What is done to the products of queries and keys; `window` counts a query's own position too."""
 
-    Attributes:
-        slots: int64 `(N,)`: where in the flattened pages each token's keys and values go; -1: nowhere (padding).
-        block_tables: int32 `(B, M)`: the blocks of each sequence; what lies beyond them is not read.
-        lengths: int32 `(B,)`: positions of each sequence, the new ones included.
-        starts, counts, blocks: the same for the host; empty when `decoding`.
-        borders: int32 `(2, B + 1)`: where each sequence's queries and keys begin, for several new tokens on a GPU.
-        seen: int64: slots of all positions of all sequences; None: there are new ones only.
-        alone: slots of all positions of the only sequence, which has one new token and blocks that follow one another,
-            where no kernel serves.
-        padded: the same of all sequences in a rectangle, where each has one new token and no kernel serves.
-        kernels: a GPU with Triton runs it.
-        decoding: one new token a sequence, which the kernels attend for.
-    """
+    scaling: float
+    window: int | None
+    softcap: float | None
 
-    slots: torch.Tensor
-    block_tables: torch.Tensor
-    lengths: torch.Tensor
-    starts: tuple[int, ...] = ()
-    counts: tuple[int, ...] = ()
-    blocks: tuple[Blocks, ...] = ()
-    borders: torch.Tensor | None = None
-    seen: torch.Tensor | None = None
-    alone: range | None = None
-    padded: PaddedPositions | None = None
-    kernels: bool = False
-    decoding: bool = False
+
+class PagedStep(Protocol):
+    """Where the tokens of a forward pass stand, and how they attend."""
+
+    def attention(self, query: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
+        """Store what is new, `(1, H_kv, N, D)`, and attend for `(1, H, N, D)` queries: `(1, N, H, D)`."""
+        ...
+
+
+class Reach(Protocol):
+    """How the tokens of many sequences find the positions they attend to."""
+
+    def attend(self, queries: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
+        """`(N, H, D)` queries, whose keys and values, `(N, H_kv, D)`, are in `pages` already: `(N, H, D)`."""
+        ...
 
 
 def paged_attention(
@@ -93,45 +80,151 @@ def paged_attention(
     does is found by the probe.
     """
     del attention_mask, dropout, others
-    keys, values = getattr(module, KEY_PAGES), getattr(module, VALUE_PAGES)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if paged.alone is not None and softcap is None:
-        return _alone(query, key, value, keys, values, paged.alone, scaling, sliding_window), None
-    new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (N, H_kv, D)
-    if paged.kernels:
-        write_pages(new_keys.to(keys.dtype), new_values.to(keys.dtype), keys, values, paged.slots)
-    else:
-        keys.flatten(0, 1).index_copy_(0, paged.slots, new_keys.to(keys.dtype))
-        values.flatten(0, 1).index_copy_(0, paged.slots, new_values.to(keys.dtype))
-    queries = query[0].transpose(0, 1)  # (N, H, D)
-    if paged.decoding:
-        tables, lengths = paged.block_tables, paged.lengths
-        output = paged_decode(queries, keys, values, tables, lengths, scaling, sliding_window, softcap)
-    else:
-        attend = _left_out if torch.compiler.is_compiling() else _of_several
-        output = attend(queries, new_keys, new_values, keys, values, paged, scaling, sliding_window, softcap)
-    return output.unsqueeze(0).contiguous(), None  # some models view the heads as one
+    pages = KeysValues(getattr(module, KEY_PAGES), getattr(module, VALUE_PAGES))
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    return paged.attention(query, KeysValues(key, value), pages, scores), None
 
 
-def _alone(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: range,
-    scaling: float,
-    window: int | None,
-) -> torch.Tensor:
-    """One new token of one sequence, `(1, 1, H, D)`: a model that is small waits for every operation there is."""
-    heads, size = query.shape[1], query.shape[3]
-    first = slots.start if window is None else max(slots.start, slots.stop - window)
-    seen_keys, seen_values = (
-        _written(pages, new, slots.stop - 1)[None, first : slots.stop].transpose(1, 2)
-        for pages, new in ((keys, key), (values, value))
-    )
-    rows = query.reshape(1, keys.shape[2], heads // keys.shape[2], size)  # those that share keys
-    return F.scaled_dot_product_attention(rows, seen_keys, seen_values, scale=scaling).view(1, 1, heads, size)
+@dataclass(frozen=True)
+class InOneRow:
+    """The tokens of all sequences, one after the other.
+
+    Attributes:
+        slots: int64 `(N,)`: where in the flattened pages each token's keys and values go; -1: nowhere (padding).
+        reach: what each of them attends to.
+        kernels: a GPU with Triton runs it.
+    """
+
+    slots: torch.Tensor
+    reach: Reach
+    kernels: bool
+
+    def attention(self, query: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
+        """See `PagedStep`."""
+        keys, values = (tensor[0].transpose(0, 1).to(pages.keys.dtype) for tensor in new)
+        if self.kernels:
+            write_pages(keys, values, pages.keys, pages.values, self.slots)
+        else:
+            pages.keys.flatten(0, 1).index_copy_(0, self.slots, keys)
+            pages.values.flatten(0, 1).index_copy_(0, self.slots, values)
+        output = self.reach.attend(query[0].transpose(0, 1), KeysValues(keys, values), pages, scores)
+        return output.unsqueeze(0).contiguous()  # some models view the heads as one
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One new token of one sequence whose blocks follow one another, where no kernel serves, in as few operations as
+    there can be: a small model waits for each.
+
+    Attributes:
+        slots: of the sequence's positions, the new one last.
+    """
+
+    slots: range
+
+    def attention(self, query: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
+        """See `PagedStep`."""
+        heads, size, slots = query.shape[1], query.shape[3], self.slots
+        first = slots.start if scores.window is None else max(slots.start, slots.stop - scores.window)
+        keys, values = (
+            _written(each, added, slots.stop - 1)[None, first : slots.stop].transpose(1, 2)
+            for each, added in zip(pages, new, strict=True)
+        )
+        rows = query.reshape(1, keys.shape[1], heads // keys.shape[1], size)  # those that share keys
+        return _attend(rows, keys, values, None, scores).view(1, 1, heads, size)
+
+
+@dataclass(frozen=True)
+class InBlocks:
+    """One new token a sequence, by a kernel.
+
+    Attributes:
+        tables: int32 `(B, M)`: the blocks of each sequence; what lies beyond them is not read.
+        lengths: int32 `(B,)`: positions of each sequence, the new one included.
+    """
+
+    tables: torch.Tensor
+    lengths: torch.Tensor
+
+    def attend(self, queries: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
+        """See `Reach`."""
+        del new
+        return paged_decode(queries, *pages, self.tables, self.lengths, scores.scaling, scores.window, scores.softcap)
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """Sequence i has `counts[i]` new tokens behind `starts[i]` old ones, in `blocks[i]`."""
+
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    blocks: tuple[Blocks, ...]
+
+    def attend(self, queries: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
+        """See `Reach`."""
+        del new
+        outputs = []
+        parts = torch.split(queries, list(self.counts))
+        for start, of_sequence, blocks in zip(self.starts, parts, self.blocks, strict=True):
+            total = start + of_sequence.shape[0]
+            first = (
+                0 if scores.window is None else max(0, start + 1 - scores.window)
+            )  # no new token sees what is left out
+            keys, values = (_positions(each, blocks, first, total) for each in pages)
+            outputs.append(_of_sequence(of_sequence, keys, values, scores))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Several new tokens of many sequences, on a GPU.
+
+    Attributes:
+        borders: int32 `(2, B + 1)`: where each sequence's queries and keys begin.
+        seen: int64: slots of all positions of all sequences; None: there are new ones only.
+        longest: the most queries and keys of a sequence.
+        one_by_one: the same for scores and types that flash attention does not know.
+    """
+
+    borders: torch.Tensor
+    seen: torch.Tensor | None
+    longest: tuple[int, int]
+    one_by_one: OneByOne
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its numbers are others in every step
+    def attend(self, queries: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
+        """See `Reach`."""
+        if queries.dtype not in HALF or queries.shape[-1] > MAX_HEAD_SIZE or scores.softcap is not None:
+            return self.one_by_one.attend(queries, new, pages, scores)
+        keys, values = new if self.seen is None else (each.flatten(0, 1)[self.seen] for each in pages)
+        return varlen_between(queries, keys, values, self.borders, self.longest, scores.scaling, scores.window)
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """One new token a sequence, where no kernel serves.
+
+    Attributes:
+        slots: int64 `(B * T,)`: where each sequence's positions are, then any up to the longest.
+        distance: int64 `(B, T)`: how far behind the new one each is; below 0 where there is none.
+    """
+
+    slots: torch.Tensor
+    distance: torch.Tensor
+
+    def attend(self, queries: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
+        """See `Reach`."""
+        del new
+        batch, heads, size = queries.shape
+        shape = (batch, -1, *pages.keys.shape[2:])
+        keys, values = (
+            each.flatten(0, 1).index_select(0, self.slots).view(shape).transpose(1, 2) for each in pages
+        )  # (B, H_kv, T, D)
+        visible = self.distance >= 0
+        if scores.window is not None:
+            visible &= self.distance < scores.window
+        rows = queries.view(batch, keys.shape[1], heads // keys.shape[1], size)  # those that share keys
+        return _attend(rows, keys, values, visible[:, None, None], scores).view(batch, heads, size)
 
 
 def _written(pages: torch.Tensor, new: torch.Tensor, slot: int) -> torch.Tensor:
@@ -141,125 +234,36 @@ def _written(pages: torch.Tensor, new: torch.Tensor, slot: int) -> torch.Tensor:
     return positions
 
 
-def _of_several(
-    queries: torch.Tensor,
-    new_keys: torch.Tensor,
-    new_values: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    paged: PagedStep,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Attention where sequences have several new tokens; `(N, H, D)`."""
-    flash = queries.dtype in HALF and queries.shape[-1] <= MAX_HEAD_SIZE and softcap is None
-    if paged.padded is not None:
-        return _all_at_once(queries, keys, values, paged.padded, scaling, window, softcap)
-    if not flash or paged.borders is None:
-        return _one_by_one(queries, keys, values, paged, scaling, window, softcap)
-    if paged.seen is not None:
-        new_keys, new_values = (pages.flatten(0, 1)[paged.seen] for pages in (keys, values))
-    longest = max(paged.counts), max(s + n for s, n in zip(paged.starts, paged.counts, strict=True))
-    return varlen_between(queries, new_keys, new_values, paged.borders, longest, scaling, window)
-
-
-def _one_by_one(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    paged: PagedStep,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    outputs = []
-    parts = torch.split(queries, list(paged.counts))
-    for start, of_sequence, blocks in zip(paged.starts, parts, paged.blocks, strict=True):
-        total = start + of_sequence.shape[0]
-        first = 0 if window is None else max(0, start + 1 - window)  # what no new token can see is left out
-        seen_keys, seen_values = (_positions(pages, blocks, first, total) for pages in (keys, values))
-        if softcap is None:
-            outputs.append(_plain(of_sequence, seen_keys, seen_values, scaling, window))
-        else:
-            outputs.append(_softcapped(of_sequence, seen_keys, seen_values, scaling, window, softcap))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-_left_out = torch.compiler.disable(_of_several)  # type: ignore[no-untyped-call]
-"""The same as compiled layers call it: it looks at numbers that are others in every step."""
-
-
-def _all_at_once(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    padded: PaddedPositions,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """One query a sequence: `(B, H, D)`."""
-    batch, heads, size = queries.shape
-    shape = (batch, -1, *keys.shape[2:])
-    seen_keys, seen_values = (
-        pages.flatten(0, 1).index_select(0, padded.slots).view(shape).transpose(1, 2) for pages in (keys, values)
-    )
-    visible = padded.distance >= 0 if window is None else (padded.distance >= 0) & (padded.distance < window)
-    rows = queries.view(batch, keys.shape[2], heads // keys.shape[2], size)  # those that share keys
-    mask = visible[:, None, None]
-    if softcap is None:
-        output = F.scaled_dot_product_attention(rows, seen_keys, seen_values, attn_mask=mask, scale=scaling)
-    else:
-        scores = softcap * torch.tanh(rows.float() @ seen_keys.float().mT * (scaling / softcap))
-        output = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(queries.dtype) @ seen_values
-    return output.view(batch, heads, size)
-
-
 def _positions(pages: torch.Tensor, blocks: Blocks, first: int, end: int) -> torch.Tensor:
-    """Positions `first` to `end` of a sequence, `(H_kv, T, D)`; a view where its blocks follow one another."""
+    """Positions `first` to `end` of a sequence, `(1, H_kv, T, D)`; a view where its blocks follow one another."""
     size = pages.shape[1]
     skipped = first // size
     blocks = blocks[skipped : -(-end // size)]
     whole = pages[blocks.start : blocks.stop] if isinstance(blocks, range) else pages[list(blocks)]
-    return whole.flatten(0, 1)[first - skipped * size : end - skipped * size].transpose(0, 1)
+    return whole.flatten(0, 1)[None, first - skipped * size : end - skipped * size].transpose(1, 2)
 
 
-def _plain(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float,
-    window: int | None,
-) -> torch.Tensor:
-    """`(n, H, D)` queries, the last of `(H_kv, T, D)` keys: `(n, H, D)`."""
+def _of_sequence(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """`(n, H, D)` queries, the last of `(1, H_kv, T, D)` keys: `(n, H, D)`."""
     new, heads, size = queries.shape
-    groups = heads // keys.shape[0]
+    shared, total = keys.shape[1:3]
     # The query heads that share keys stand as further rows, so that no key is repeated.
-    rows = queries.view(new, keys.shape[0], groups, size).permute(1, 2, 0, 3).reshape(keys.shape[0], groups * new, size)
-    mask = _visible(new, keys.shape[1], window, queries.device).repeat(groups, 1)
-    output = F.scaled_dot_product_attention(rows[None], keys[None], values[None], attn_mask=mask, scale=scaling)
-    return output[0].view(keys.shape[0], groups, new, size).permute(2, 0, 1, 3).reshape(new, heads, size)
+    rows = queries.view(new, shared, -1, size).permute(1, 2, 0, 3).reshape(1, shared, -1, size)
+    behind = torch.arange(total - new, total, device=keys.device)[:, None] - torch.arange(total, device=keys.device)
+    visible = behind >= 0 if scores.window is None else (behind >= 0) & (behind < scores.window)
+    output = _attend(rows, keys, values, visible.repeat(heads // shared, 1), scores)
+    return output.view(shared, -1, new, size).permute(2, 0, 1, 3).reshape(new, heads, size)
 
 
-def _softcapped(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float,
+def _attend(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, scores: Scores
 ) -> torch.Tensor:
-    """The same with scores that are bent: `softcap * tanh(scores / softcap)` (Gemma 2)."""
-    new, heads, _ = queries.shape
-    keys, values = (t.repeat_interleave(heads // t.shape[0], dim=0).float() for t in (keys, values))
-    scores = torch.einsum("nhd,htd->hnt", queries.float(), keys) * scaling
-    scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_visible(new, keys.shape[1], window, queries.device), float("-inf"))
-    return torch.einsum("hnt,htd->nhd", scores.softmax(dim=-1), values).to(queries.dtype)
-
-
-def _visible(new: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool `(new, total)`: which positions each of the last `new` sees."""
-    distance = torch.arange(total - new, total, device=device)[:, None] - torch.arange(total, device=device)[None]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    """`(B, H_kv, R, D)` queries over `(B, H_kv, T, D)` keys, of which each sees those that are `visible`."""
+    if scores.softcap is None:
+        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=visible, scale=scores.scaling)
+    # Scores that are bent (Gemma 2): `softcap * tanh(scores / softcap)`.
+    products = rows.float() @ keys.float().mT * scores.scaling
+    bent = scores.softcap * torch.tanh(products / scores.softcap)
+    if visible is not None:
+        bent = bent.masked_fill(~visible, -torch.inf)
+    return (bent.softmax(dim=-1) @ values.float()).to(rows.dtype)

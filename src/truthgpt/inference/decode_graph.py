@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from truthgpt.attention.paged import PagedStep
+from truthgpt.attention.paged import InBlocks, InOneRow, PagedStep
 from truthgpt.inference.token_sequence import TokenSequence
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -106,13 +106,8 @@ class DecodeGraphs:
 
     @torch.no_grad()
     def _run(self, inputs: torch.Tensor) -> torch.Tensor:
-        step = PagedStep(
-            slots=inputs[:, _SLOT].contiguous(),
-            block_tables=inputs[:, _TABLE:].to(torch.int32),
-            lengths=inputs[:, _LENGTH].to(torch.int32),
-            kernels=True,
-            decoding=True,
-        )
+        reach = InBlocks(inputs[:, _TABLE:].to(torch.int32), inputs[:, _LENGTH].to(torch.int32))
+        step = InOneRow(inputs[:, _SLOT].contiguous(), reach, kernels=True)
         return self._forward(inputs[None, :, _TOKEN], inputs[None, :, _POSITION], step)
 
 

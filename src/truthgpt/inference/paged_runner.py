@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
 from truthgpt.attention.install import install_attention
-from truthgpt.attention.paged import KEY_PAGES, VALUE_PAGES, Blocks, PaddedPositions, PagedStep, paged_attention
+from truthgpt.attention.paged import (
+    KEY_PAGES,
+    VALUE_PAGES,
+    Alone,
+    Blocks,
+    InBlocks,
+    InOneRow,
+    OneByOne,
+    PagedStep,
+    Ragged,
+    Reach,
+    Rectangle,
+    paged_attention,
+)
 from truthgpt.inference.decode_graph import DecodeGraphs
 from truthgpt.inference.runner import Work, logits_to_keep
 from truthgpt.inference.token_sequence import TokenSequence
@@ -145,29 +158,38 @@ class PagedRunner:
     def _step(self, starts: Sequence[int], counts: Sequence[int], tables: Sequence[tuple[int, ...]]) -> PagedStep:
         device, size = self._model.device, self._cache.pool.block_size
         totals = [s + n for s, n in zip(starts, counts, strict=True)]
+        single = max(counts) == 1
+        if single and len(tables) == 1 and not self._kernels:
+            blocks = _in_one_piece(tables[0])
+            if isinstance(blocks, range):
+                return Alone(range(blocks.start * size, blocks.start * size + totals[0]))
         every = [_slots(table, size, total) for table, total in zip(tables, totals, strict=True)]
         slots = np.concatenate([of_all[start:] for of_all, start in zip(every, starts, strict=True)])
-        rows = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
-        for row, table in zip(rows, tables, strict=True):
-            row[: len(table)] = table
-        decoding = self._kernels and max(counts) == 1
-        single = not decoding and max(counts) == 1
-        alone = _alone(tables[0], totals[0], size) if single and len(counts) == 1 else None
-        several = device.type == "cuda" and not decoding
-        return PagedStep(
-            slots=torch.from_numpy(slots).to(device),
-            block_tables=torch.from_numpy(rows).to(device),
-            lengths=torch.tensor(totals, dtype=torch.int32, device=device),
-            starts=() if decoding else tuple(starts),
-            counts=() if decoding else tuple(counts),
-            blocks=() if decoding else tuple(_in_one_piece(table) for table in tables),
-            borders=_borders(counts, totals).to(device) if several else None,
-            seen=torch.from_numpy(np.concatenate(every)).to(device) if several and any(starts) else None,
-            alone=alone,
-            padded=_padded(every, totals, device) if single and alone is None else None,
-            kernels=self._kernels,
-            decoding=decoding,
-        )
+        reach: Reach
+        if not single:
+            reach = self._of_several(starts, counts, tables, every)
+        elif self._kernels:
+            reach = _in_blocks(tables, totals, device)
+        else:
+            reach = _rectangle(every, totals, device)
+        return InOneRow(torch.from_numpy(slots).to(device), reach, self._kernels)
+
+    def _of_several(
+        self,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        tables: Sequence[tuple[int, ...]],
+        slots: Sequence[npt.NDArray[np.int64]],
+    ) -> Reach:
+        """`slots` are those of all positions of each sequence."""
+        device = self._model.device
+        one_by_one = OneByOne(tuple(starts), tuple(counts), tuple(_in_one_piece(table) for table in tables))
+        if device.type != "cuda":
+            return one_by_one
+        totals = [len(of_sequence) for of_sequence in slots]
+        borders = torch.tensor([[0, *accumulate(counts)], [0, *accumulate(totals)]], dtype=torch.int32, device=device)
+        seen = torch.from_numpy(np.concatenate(slots)).to(device) if any(starts) else None
+        return Ragged(borders, seen, (max(counts), max(totals)), one_by_one)
 
 
 def _in_one_piece(table: tuple[int, ...]) -> Blocks:
@@ -175,30 +197,24 @@ def _in_one_piece(table: tuple[int, ...]) -> Blocks:
     return whole if table == tuple(whole) else table
 
 
-def _alone(table: tuple[int, ...], total: int, size: int) -> range | None:
-    """Slots of a sequence's positions, where its blocks follow one another."""
-    blocks = _in_one_piece(table)
-    return range(blocks.start * size, blocks.start * size + total) if isinstance(blocks, range) else None
-
-
-def _slots(table: tuple[int, ...], size: int, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _slots(table: tuple[int, ...], size: int, total: int) -> npt.NDArray[np.int64]:
     """Where in the flattened pages the first `total` positions of a sequence are."""
     return (np.array(table, dtype=np.int64)[:, None] * size + np.arange(size)).ravel()[:total]
 
 
-def _padded(
-    slots: Sequence[np.ndarray[Any, np.dtype[np.int64]]], totals: Sequence[int], device: torch.device
-) -> PaddedPositions:
-    rectangle = np.zeros((len(totals), max(totals)), dtype=np.int64)
-    for row, of_sequence in zip(rectangle, slots, strict=True):
+def _in_blocks(tables: Sequence[tuple[int, ...]], totals: Sequence[int], device: torch.device) -> InBlocks:
+    rows = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for row, table in zip(rows, tables, strict=True):
+        row[: len(table)] = table
+    return InBlocks(torch.from_numpy(rows).to(device), torch.tensor(totals, dtype=torch.int32, device=device))
+
+
+def _rectangle(slots: Sequence[npt.NDArray[np.int64]], totals: Sequence[int], device: torch.device) -> Rectangle:
+    rows = np.zeros((len(totals), max(totals)), dtype=np.int64)
+    for row, of_sequence in zip(rows, slots, strict=True):
         row[: len(of_sequence)] = of_sequence
     distance = np.array(totals)[:, None] - 1 - np.arange(max(totals))
-    return PaddedPositions(torch.from_numpy(rectangle.ravel()).to(device), torch.from_numpy(distance).to(device))
-
-
-def _borders(counts: Sequence[int], totals: Sequence[int]) -> torch.Tensor:
-    sides = [[0, *accumulate(counts)], [0, *accumulate(totals)]]
-    return torch.tensor(sides, dtype=torch.int32)
+    return Rectangle(torch.from_numpy(rows.ravel()).to(device), torch.from_numpy(distance).to(device))
 
 
 @contextmanager
