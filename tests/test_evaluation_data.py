@@ -19,6 +19,7 @@ from truthgpt.evaluation_data import evaluation_data
 from truthgpt.load_model import load_model
 
 CPU = torch.device("cpu")
+METRICS = "there are: accuracy, bits_per_byte, loss, ppl"
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,13 @@ def test_model_folder_needs_a_path_alone(cli: Cli, path: str, source: str) -> No
         (("runs/t", "data.pth=x"), 2, "did you mean path?"),
         (("runs/t", "data.source=jsonl"), 2, "data.path: missing; data source jsonl needs it"),
         (("runs/t", "data.path=nowhere.txt"), 3, "nowhere.txt"),
-        (("runs/t", "--metrics", "bits"), 2, "bits"),
+        (
+            ("runs/t", "--metrics", "pppl"),
+            2,
+            f"error: --metrics: no metric is called 'pppl'; {METRICS} (did you mean ppl?)",
+        ),
+        (("runs/t", "--metrics", "loss,bits"), 2, f"error: --metrics: no metric is called 'bits'; {METRICS}"),
+        (("runs/t", "eval.metrics=[bits]"), 2, f"error: eval.metrics[0]: no metric is called 'bits'; {METRICS}"),
         (("runs/t", "--metrics", "loss,,ppl"), 2, "--metrics 'loss,,ppl': give names with commas between them"),
         (("runs/t", "--include-path", "tasks"), 2, "--include-path and --allow-task-code are read with --tasks only"),
     ],
@@ -194,8 +201,20 @@ def test_images_of_another_folder(cli: Cli) -> None:
     assert cli("train", "images.yaml", "training.max_steps=2", "training.eval_interval=2").exit_code == 0
     found = run(cli, "runs/images", "data.path=images", "--json").json
     assert found["tokens"] == 40 and set(found["metrics"]) == {"loss", "accuracy"}
+    refused = run(cli, "runs/images", "--metrics", "accuracy,bits_per_byte", exit_code=2).stderr
+    assert "error: --metrics: bits_per_byte is for text (use accuracy or loss)" in refused
     refused = run(cli, "runs/images", "--tasks", "x", exit_code=2).stderr
     assert "runs/images is a ViTForImageClassification, and tasks are for text" in refused
+
+
+def test_a_mistake_of_the_file_keeps_its_place_beside_other_metrics(tmp_path: Path) -> None:
+    """What `--metrics` replaces is nobody's mistake any more; the rest of the file still is the file's."""
+    (tmp_path / "config.yaml").write_text("eval: {metrics: [bits]}\ntraining: {max_steps: many}\n")
+    with pytest.raises(ConfigError) as refused:
+        evaluation_data(tmp_path, None, ["data.path=x"], ["nll"])
+    places = {problem.key: (problem.line, "nll" in problem.message) for problem in refused.value.problems}
+    assert places["--metrics"] == (None, True) and places["training.max_steps"] == (2, False)
+    assert not any(key.startswith("eval") for key in places)
 
 
 def test_only_what_is_read_can_be_changed() -> None:

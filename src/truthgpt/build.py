@@ -28,7 +28,10 @@ from truthgpt.factories.kv_cache import KV_CACHES
 from truthgpt.factories.metrics import METRICS
 from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.factories.scheduler import SCHEDULERS
+from truthgpt.inference.open_engine import open_engine
 from truthgpt.kv_cache.base import KVCachePolicy
+from truthgpt.kv_cache.none import NoKVCache
+from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.load_model import LoadedModel
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.metrics.base import Metric
@@ -133,7 +136,7 @@ def build_components(config: Config) -> Components:
         max_steps=max_steps,
         metrics=_build_metrics(config, task.tokenizer),
         callbacks=callbacks,
-        kv_cache=_build_kv_cache(config),
+        kv_cache=_build_kv_cache(config, task, fallbacks),
         cuda_graph=cuda_graph,
         fallbacks=fallbacks,
     )
@@ -193,10 +196,15 @@ def _hold_weights(
     return hold_weights_in_bf16(model, sum_in_float32=plan.grad_accum_steps > 1)
 
 
-def _build_kv_cache(config: Config) -> KVCachePolicy:
+def _build_kv_cache(config: Config, task: TaskParts, fallbacks: Fallbacks) -> KVCachePolicy:
+    """The cache of the samples; whether the model can use a paged one is seen here, not an hour later by the first."""
     cache = config.model.kv_cache
     policy: KVCachePolicy = KV_CACHES.build(cache.type, cache.model_extra, block_size=cache.block_size)
-    return policy
+    if task.tokenizer is None or not config.generate.prompts or not isinstance(policy, PagedKVCache):
+        return policy
+    # Of one block: all that an engine measures, and none of the memory that it takes.
+    with open_engine(task.model, task.tokenizer, policy, fallbacks, lengths=[1]) as engine:
+        return policy if engine.load().cache_tokens else NoKVCache(keeps=True)
 
 
 def _build_callbacks(config: Config, fallbacks: Fallbacks) -> list[tuple[str, object]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from truthgpt.config.data_section import DataConfig, MixedSource
-from truthgpt.config.load import RawConfig, load_raw
+from truthgpt.config.load import Origin, RawConfig, load_raw
 from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.factories.datasets import BUNDLES, DATASETS, KEYS, reads
@@ -85,8 +85,11 @@ def evaluation_data(
             given = {key: value for key, value in given.items() if key != "chat_template"}  # the tokenizer has it
         raw = replace(raw, data={**raw.data, "data": _renamed(given, named)})
     if metrics is not None:
-        raw = replace(raw, data={**raw.data, "eval": {"metrics": list(metrics)}})
-    config = validate_config(_ranked_by_loss(raw), loaded_plugins)
+        raw = _measuring(raw, metrics)
+    try:
+        config = validate_config(_ranked_by_loss(raw), loaded_plugins)
+    except ConfigError as error:
+        raise ConfigError([_of_option(problem, metrics) for problem in error.problems]) from None
     return EvaluationData(config, _what(config.data, named), found is not None or "max_seq_len" in named)
 
 
@@ -178,6 +181,18 @@ def _type(source: dict[str, Any]) -> str:
     """Name of a source, as written in `data` or in an item of `data.sources`."""
     found = source.get("source", DataConfig().source.type)
     return str(found.get("type")) if isinstance(found, dict) else str(found)
+
+
+def _measuring(raw: RawConfig, metrics: Sequence[str]) -> RawConfig:
+    """`raw` with other metrics, which no file names."""
+    origins = {path: origin for path, origin in raw.origins.items() if path[:1] != ("eval",)}
+    return replace(raw, data={**raw.data, "eval": {"metrics": list(metrics)}}, origins={**origins, ("eval",): Origin()})
+
+
+def _of_option(problem: Problem, metrics: Sequence[str] | None) -> Problem:
+    """The problem as one of `--metrics`, where that is what it is about."""
+    given = metrics is not None and problem.file is None and problem.key.startswith("eval.metrics")
+    return replace(problem, key="--metrics") if given else problem
 
 
 def _ranked_by_loss(raw: RawConfig) -> RawConfig:

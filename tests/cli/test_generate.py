@@ -14,8 +14,8 @@ from tests.inference.engine_runs import reference
 from tests.inference.small_models import TOKENIZER, small_model
 from tests.process import Cli, Finished
 
-from truthgpt.cli.generate import _prompts
-from truthgpt.errors import DataError
+from truthgpt.cli.generate import _lines, _prompts
+from truthgpt.errors import DataError, RunDirectoryError
 
 PROMPTS = ["def f(", "the ", "the king", "x = 1"]
 GREEDY = ("--temperature", "0", "--max-new-tokens", "8")
@@ -59,12 +59,62 @@ def test_the_caches_give_what_transformers_writes(cli: Cli) -> None:
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
 def test_prompts_come_from_a_file_and_answers_go_to_one(cli: Cli, name: str) -> None:
     wanted = done(cli("generate", "m", *asked(*PROMPTS), *GREEDY, "--json"))
-    finished = cli("generate", "m", "--prompts", name, *GREEDY, "--out", "out.jsonl")
+    out = cli.folder / f"from-{name}.jsonl"
+    finished = cli("generate", "m", "--prompts", name, *GREEDY, "--out", out.name)
     assert finished.exit_code == 0 and finished.stdout == "" and "4/4 prompts" in finished.stderr
-    lines = (cli.folder / "out.jsonl").read_text().splitlines()
+    lines = out.read_text().splitlines()
     assert [json.loads(line) for line in lines] == wanted
-    both = cli("generate", "m", "--prompts", name, *GREEDY, "--out", "out.jsonl", "--json")
-    assert done(both) == wanted and (cli.folder / "out.jsonl").read_text().splitlines() == lines
+    both = cli("generate", "m", "--prompts", name, *GREEDY, "--out", out.name, "--json", "--overwrite")
+    assert done(both) == wanted and out.read_text().splitlines() == lines
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked_and_only_by_all_answers(cli: Cli) -> None:
+    out = cli.folder / "kept.jsonl"
+    out.write_text("an hour of answers\n")
+    refused = cli("generate", "nowhere", *asked("a"), "--out", out.name)  # before the model is looked for
+    message = "error: --out: kept.jsonl is there already: give another --out, or --overwrite to replace it"
+    assert (refused.exit_code, refused.stderr.strip()) == (6, message)
+    before = sorted(cli.folder.iterdir())
+    no_room = ("--cache-memory", "0.0078125MiB", "--max-new-tokens", "20")
+    failed = cli("generate", "m", *asked("def f("), *no_room, "--out", out.name, "--overwrite")
+    assert failed.exit_code == 2 and "need 25 positions" in failed.stderr
+    assert out.read_text() == "an hour of answers\n"
+    assert [path for path in sorted(cli.folder.iterdir()) if not path.name.startswith(".std")] == [
+        path for path in before if not path.name.startswith(".std")
+    ]
+    assert cli("generate", "m", *asked("a"), *GREEDY, "--out", out.name, "--overwrite").exit_code == 0
+    (line,) = out.read_text().splitlines()
+    assert json.loads(line)["prompt"] == "a"
+
+
+def test_what_is_broken_off_leaves_the_old_answers_or_else_the_new_ones_so_far(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    for old, overwrite, left in (("", False, "1\n"), ("old\n", True, "old\n"), ("", True, "1\n")):
+        out.write_text(old)
+        with pytest.raises(KeyboardInterrupt), _lines(out, overwrite) as file:
+            assert file is not None
+            file.write("1\n")
+            assert out.read_text() == left, "line by line, and nothing replaced yet"
+            raise KeyboardInterrupt
+        assert out.read_text() == left and list(tmp_path.iterdir()) == [out]
+    with pytest.raises(RunDirectoryError, match="is there already"), _lines(out, overwrite=False):
+        raise AssertionError("it came while the model was loaded")
+    assert out.read_text() == "1\n"
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    """Nothing is lost in a device, and the file that is replaced is the one a link leads to."""
+    with _lines(Path("/dev/null"), overwrite=False) as file:
+        assert file is not None
+        file.write("gone\n")
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "out.jsonl", tmp_path / "link.jsonl"
+    target.write_text("old\n")
+    link.symlink_to(target)
+    with _lines(link, overwrite=True) as file:
+        assert file is not None
+        file.write("new\n")
+    assert link.is_symlink() and target.read_text() == "new\n" and list(target.parent.iterdir()) == [target]
 
 
 def test_a_line_ends_where_a_line_of_text_does(tmp_path: Path) -> None:
@@ -125,7 +175,9 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "tokens": (["--max-new-tokens", "0"], 2, "max_new_tokens: 0 is not allowed: give 1 or more"),
     "cache": (["--kv-cache", "huge"], 2, "--kv-cache"),
     "two sources": (["--prompts", "p.txt"], 2, "give either --prompt TEXT (repeatable) or --prompts FILE"),
-    "no folder": (["--out", "nowhere/out.jsonl"], 6, "--out: nowhere/out.jsonl cannot be written"),
+    "no folder": (["--out", "nowhere/out.jsonl"], 6, "--out: nowhere/out.jsonl cannot be written: No such file"),
+    "a folder": (["--out", "m"], 6, "--out: m cannot be written: Is a directory"),
+    "nothing to replace": (["--overwrite"], 2, "--overwrite is read with --out only; leave it out"),
 }
 
 

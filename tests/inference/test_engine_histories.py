@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from truthgpt.inference.engine import Engine, EngineLimits
 from truthgpt.inference.request import Sampling
 from truthgpt.inference.text_stream import continuation
 from truthgpt.inference.token_sequence import TokenSequence
+from truthgpt.kv_cache.paged import KVPages
 
 torch.set_num_threads(1)
 
@@ -29,6 +31,14 @@ class Submit(NamedTuple):
     prompt: tuple[int, ...]
     new_tokens: int
     seed: int | None
+
+
+class Choices(NamedTuple):
+    """Ask for several answers to a prompt."""
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    seeds: list[int | None]
 
 
 class Cancel(NamedTuple):
@@ -54,9 +64,11 @@ class Room(NamedTuple):
 
 # Of two tokens, so that prompts and answers often begin alike.
 PROMPTS = st.lists(st.sampled_from([97, 98]), min_size=1, max_size=14).map(tuple)
-SUBMIT = st.builds(Submit, PROMPTS, st.integers(1, 9), st.sampled_from([None, None, 0, 1]))
+SEEDS = st.sampled_from([None, None, 0, 1])
+SUBMIT = st.builds(Submit, PROMPTS, st.integers(1, 9), SEEDS)
+CHOICES = st.builds(Choices, PROMPTS, st.integers(1, 9), st.lists(SEEDS, min_size=2, max_size=4))
 HISTORIES = st.lists(
-    st.one_of(SUBMIT, SUBMIT, st.builds(Step, st.integers(1, 4)), st.builds(Cancel, st.integers(0, 99))),
+    st.one_of(SUBMIT, SUBMIT, CHOICES, st.builds(Step, st.integers(1, 4)), st.builds(Cancel, st.integers(0, 99))),
     min_size=12,
     max_size=30,
 )
@@ -101,7 +113,7 @@ def follow(engine: Engine, history: list[Submit | Cancel | Step]) -> list[Answer
             for piece in engine.step():
                 found[piece.request_id].take(piece)
             load = engine.load()
-            assert load.cache_used_tokens <= load.cache_tokens
+            assert load.cache_used_tokens <= load.cache_tokens and load.running <= engine._limits.sequences
             assert load.running + load.waiting == sum(answer.finish is None for answer in found.values())
 
     for event in history:
@@ -130,8 +142,14 @@ def follow(engine: Engine, history: list[Submit | Cancel | Step]) -> list[Answer
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(ROOMS, HISTORIES)
-def check_history(room: Room, history: list[Submit | Cancel | Step]) -> None:
+def check_history(room: Room, choices: list[Submit | Choices | Cancel | Step]) -> None:
     """What the histories came to is counted, so that they cannot become empty unnoticed."""
+    history: list[Submit | Cancel | Step] = []
+    for event in choices:
+        if isinstance(event, Choices):
+            history += [Submit(event.prompt, event.new_tokens, seed) for seed in event.seeds]
+        else:
+            history.append(event)
     with pytest.MonkeyPatch.context() as patch:
         preempt = Engine._preempt
 
@@ -139,7 +157,13 @@ def check_history(room: Room, history: list[Submit | Cancel | Step]) -> None:
             SEEN["preempted"] += 1
             preempt(engine, sequence)
 
+        def noted_copy(pages: KVPages, pairs: Sequence[tuple[int, int]]) -> None:
+            SEEN["copied"] += len(pairs)
+            copy(pages, pairs)
+
+        copy = KVPages.copy
         patch.setattr(Engine, "_preempt", noted)
+        patch.setattr(KVPages, "copy", noted_copy)
         passes = running_ahead(patch) if room.ahead else []
         with opened(model(), room.block_size, room.blocks, limits=room.limits) as engine:
             found = follow(engine, history)
@@ -163,4 +187,4 @@ SEEN: Counter[str] = Counter()
 def test_every_answer_is_right_after_any_history() -> None:
     SEEN.clear()
     check_history()
-    assert all(SEEN[kind] > 10 for kind in ("preempted", "ran ahead", "refused", "cancelled", "length")), SEEN
+    assert all(SEEN[kind] > 10 for kind in ("preempted", "copied", "ran ahead", "refused", "cancelled", "length")), SEEN

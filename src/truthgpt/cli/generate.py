@@ -16,6 +16,7 @@ import typer
 from truthgpt.cli.output import emit_json, say
 from truthgpt.cli.sizes import parse_size
 from truthgpt.errors import ConfigError, DataError, NonFiniteError, RunDirectoryError
+from truthgpt.runtime.atomic_file import commit_file, temporary_beside
 
 
 class KVCache(StrEnum):
@@ -64,9 +65,15 @@ def generate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the answers to this file, one JSON object a line.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of --out, once all answers are there.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Continue prompts with a run's model, a checkpoint or a Hugging Face folder."""
+    if overwrite and out is None:
+        raise ConfigError("--overwrite is read with --out only; leave it out")
+    _refuse_occupied(out, overwrite)
     texts = _prompts(prompt, prompts)
     size = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
     from truthgpt.inference.generate import generate_texts
@@ -76,7 +83,7 @@ def generate(
     sampling = Sampling(*(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed), stop=tuple(stop or ()))
     options = ServingOptions(device, dtype.value, kv_cache.value, block_size, size, compiled=compiled)
     generations = []
-    with open_text_model(target, options) as model, _lines(out) as file:
+    with open_text_model(target, options) as model, _lines(out, overwrite) as file:
         for generation in generate_texts(model.engine, model.tokenizer, texts, sampling):
             generations.append(asdict(generation))
             if file is not None:
@@ -122,14 +129,35 @@ def _prompt_of(line: str, where: str) -> str:
     return str(row["prompt"])
 
 
+def _refuse_occupied(out: Path | None, overwrite: bool) -> None:
+    if out is not None and _is_occupied(out) and not overwrite:
+        raise RunDirectoryError(f"--out: {out} is there already: give another --out, or --overwrite to replace it")
+
+
+def _is_occupied(out: Path) -> bool:
+    """Whether something would be lost: not in an empty file, nor in a device such as /dev/stdout."""
+    return out.is_file() and out.stat().st_size > 0
+
+
 @contextmanager
-def _lines(out: Path | None) -> Iterator[IO[str] | None]:
+def _lines(out: Path | None, overwrite: bool) -> Iterator[IO[str] | None]:
+    """A file to write to. One that replaces another lies beside it until the end, and is removed where there is none;
+    others are there from the beginning, with the lines so far."""
     if out is None:
         yield None
         return
+    _refuse_occupied(out, overwrite)  # again: loading a model takes a while
+    replaced = out.resolve() if _is_occupied(out) else None
+    written = out if replaced is None else temporary_beside(replaced)
     try:
-        file = out.open("w", encoding="utf-8")
+        file = written.open("w", encoding="utf-8", buffering=1)
     except OSError as error:
-        raise RunDirectoryError(f"--out: {out} cannot be written: {error}") from error
-    with file:
-        yield file
+        raise RunDirectoryError(f"--out: {out} cannot be written: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+        if replaced is not None:
+            commit_file(written, replaced)
+    finally:
+        if replaced is not None:
+            written.unlink(missing_ok=True)

@@ -27,6 +27,9 @@ from truthgpt.kv_cache.blocks import OutOfBlocks
 
 logger = logging.getLogger(__name__)
 
+_Twins = tuple[TokenSequence, TokenSequence]
+"""Two with the same tokens: the first is run, and the second goes on from there."""
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -136,7 +139,7 @@ class Engine:
             return pieces
         pieces += self._drop_cancelled()
         decoding = [s for s in self._running if s.pending == 1]
-        pieces += self._collect(self._advance(self._prompts_in_budget()))
+        pieces += self._collect(self._advance(*self._prompts_in_budget()))
         self._chosen = self._advance(self._with_room(decoding))
         if not self._runner.runs_ahead:
             pieces += self._collect(self._chosen)
@@ -174,8 +177,9 @@ class Engine:
                 self._waiting.remove(sequence)
         return [Piece(s.request_id, (), self._last_text(s), "cancelled") for s in cancelled]
 
-    def _prompts_in_budget(self) -> list[tuple[TokenSequence, int]]:
-        """The tokens of prompts that this step runs: those that have begun first, then new ones while there is room."""
+    def _prompts_in_budget(self) -> tuple[list[tuple[TokenSequence, int]], list[_Twins]]:
+        """The tokens of prompts that this step runs: those that have begun first, then new ones while there is room.
+        Beside them, the sequences that one of these serves as well."""
         budget = self._limits.prompt_tokens
         work: list[tuple[TokenSequence, int]] = []
         later: list[TokenSequence] = []
@@ -183,8 +187,15 @@ class Engine:
             if budget > 0 and self._reserved(sequence, count := self._part(sequence, budget)):
                 work.append((sequence, count))
                 budget -= count
-        while budget > 0 and self._waiting and len(self._running) + len(later) < self._limits.sequences:
+        twins: list[_Twins] = []
+        # With budget left, all of them are run to their end.
+        leaders = {tuple(sequence.tokens): sequence for sequence, _ in work} if self._runner.shared_tokens else {}
+        while budget > 0 and self._waiting and len(self._running) + len(later) + len(twins) < self._limits.sequences:
             sequence = self._waiting.popleft()
+            leader = leaders.get(tuple(sequence.tokens))
+            if leader is not None:
+                twins.append((leader, sequence))
+                continue
             self._runner.start(sequence)
             if self._shares_soon(sequence, work):
                 self._runner.release(sequence)
@@ -195,12 +206,17 @@ class Engine:
                 self._runner.release(sequence)
                 self._waiting.appendleft(sequence)
                 break
-            self._running.append(sequence)
-            sequence.running = True
+            self._admit(sequence)
             work.append((sequence, count))
             budget -= count
+            if self._runner.shared_tokens:
+                leaders[tuple(sequence.tokens)] = sequence
         self._waiting.extendleft(reversed(later))
-        return work
+        return work, twins
+
+    def _admit(self, sequence: TokenSequence) -> None:
+        self._running.append(sequence)
+        sequence.running = True
 
     def _part(self, sequence: TokenSequence, budget: int) -> int:
         return sequence.pending if self._runner.whole_prompts else min(sequence.pending, budget)
@@ -263,8 +279,8 @@ class Engine:
         )
         return ChosenTokens(sequences, tokens)
 
-    def _advance(self, work: list[tuple[TokenSequence, int]]) -> ChosenTokens | None:
-        """Run `work`, and choose a token for every sequence of which nothing is left to run."""
+    def _advance(self, work: list[tuple[TokenSequence, int]], twins: Sequence[_Twins] = ()) -> ChosenTokens | None:
+        """Run `work`, and choose a token for every sequence of which nothing is left to run, and for its twins."""
         if not work:
             return None
         logits = self._runner.run(work)
@@ -272,7 +288,12 @@ class Engine:
         if not rows:
             return None
         chosen = [work[row][0] for row in rows]
-        if len(rows) < len(work):
+        for leader, twin in twins:
+            self._runner.fork(leader, twin)
+            self._admit(twin)
+            rows.append(rows[chosen.index(leader)])
+            chosen.append(twin)
+        if twins or len(rows) < len(work):
             logits = logits[torch.tensor(rows, device=logits.device)]
         tokens = sample(logits, [s.sampling for s in chosen], [s.written for s in chosen], [s.tokens for s in chosen])
         return ChosenTokens(chosen, tokens)

@@ -78,10 +78,16 @@ class PagedRunner:
     def reserve(self, sequence: TokenSequence, tokens: int) -> None:
         """See `Runner`."""
         table, pool = sequence.kept, self._cache.pool
-        if sequence.computed + tokens <= len(table.blocks) * pool.block_size:
+        has_room = sequence.computed + tokens <= len(table.blocks) * pool.block_size
+        if has_room and not pool.writes_shared_block(table, tokens):
             return
         self._commit(sequence)
         self._cache.copy(pool.reserve(table, tokens))
+
+    def fork(self, sequence: TokenSequence, twin: TokenSequence) -> None:
+        """See `Runner`: who writes first into a block that is not full gets a copy of it."""
+        self._commit(sequence)
+        twin.kept, twin.computed = self._cache.pool.fork(sequence.kept), sequence.computed
 
     def release(self, sequence: TokenSequence) -> None:
         """See `Runner`."""

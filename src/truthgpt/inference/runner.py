@@ -42,6 +42,10 @@ class Runner(Protocol):
         """`run` for one token each, which is on the device only: that of sequence i is `tokens[rows[i]]`."""
         ...
 
+    def fork(self, sequence: TokenSequence, twin: TokenSequence) -> None:
+        """Begin to keep `twin`, which has the same tokens as `sequence`, with all that is kept of that one."""
+        ...
+
     def release(self, sequence: TokenSequence) -> None:
         """Keep nothing of it any more."""
         ...
@@ -63,7 +67,8 @@ class Runner(Protocol):
 
     @property
     def shared_tokens(self) -> int:
-        """Sequences that begin alike share what is kept of them in pieces of so many tokens; 0: they do not."""
+        """Sequences that begin alike share what is kept of them in pieces of so many tokens, and equal ones all of it,
+        by `fork`; 0: they do not."""
         ...
 
 
@@ -109,6 +114,10 @@ class OneByOneRunner:
         return torch.stack(rows)
 
     def run_ahead(self, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """See `Runner`: never."""
+        raise NotImplementedError
+
+    def fork(self, sequence: TokenSequence, twin: TokenSequence) -> None:
         """See `Runner`: never."""
         raise NotImplementedError
 

@@ -140,7 +140,7 @@ class BlockPool:
         for _ in range(missing - self._empty_count):
             self._evict(next(iter(self._unused)))
         copies = []
-        if self._writes_shared_block(table, tokens):
+        if self.writes_shared_block(table, tokens):
             index = table.length // self.block_size
             source = table.blocks[index]
             target = self._take(table.blocks[index - 1] if index else None)
@@ -185,6 +185,11 @@ class BlockPool:
             self._holders[block] += 1
         return self._new_table(shared, table.length, table._tree)
 
+    def writes_shared_block(self, table: BlockTable, tokens: int) -> bool:
+        """Whether the first of `tokens` new positions lies in a partly filled block that another table holds too."""
+        index, offset = divmod(table.length, self.block_size)
+        return tokens > 0 and offset > 0 and self._holders[table.blocks[index]] > 1
+
     def release(self, table: BlockTable) -> None:
         """Give the table's blocks back; it is empty afterwards and of no more use. Full blocks can still be found."""
         assert table._tree is not None, "released twice"
@@ -209,12 +214,7 @@ class BlockPool:
     def _missing_blocks(self, table: BlockTable, tokens: int) -> int:
         assert table._tree is not None and tokens >= 0
         behind = -(-(table.length + tokens) // self.block_size) - len(table.blocks)
-        return max(behind, 0) + self._writes_shared_block(table, tokens)
-
-    def _writes_shared_block(self, table: BlockTable, tokens: int) -> bool:
-        """Whether the first of `tokens` new positions lies in a partly filled block that another table holds too."""
-        index, offset = divmod(table.length, self.block_size)
-        return tokens > 0 and offset > 0 and self._holders[table.blocks[index]] > 1
+        return max(behind, 0) + self.writes_shared_block(table, tokens)
 
     def _take(self, after: int | None) -> int:
         """An empty block, now held once: the one behind `after` if it is empty, else the lowest."""
