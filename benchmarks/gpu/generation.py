@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from processes import append_record, gpu_state, offline_environment
+from random_llama import VOCABULARY, random_llama
 
 CONTENDERS = ("ours", "hf_dynamic", "hf_static", "hf_paged")
 LOADS = ("fixed64", "fixed256", "context64", "context256", "ragged")
-VOCABULARY = 128_256
 TIMEOUT_S = 120.0
 BLOCK_SIZE = 16
 
@@ -91,7 +91,7 @@ def measure(contender: str, loads: Sequence[str], repeats: int) -> None:
     import torch
     import transformers
 
-    model = _model()
+    model = random_llama("1b")
     runs = {"ours": _ours, "hf_dynamic": _dynamic, "hf_static": _static, "hf_paged": _generate_batch}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     with ExitStack() as stack:
@@ -121,30 +121,6 @@ def _measure(run: Run, contender: str, loads: Sequence[str], repeats: int, versi
             **{key: statistics.median(each[key] for each in found) for key in found[0] if key != "seconds"},
         }
         print(json.dumps({**record, "versions": versions}), flush=True)
-
-
-def _model() -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=VOCABULARY,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=131_072,
-        rope_theta=500_000.0,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    model.generation_config.eos_token_id = None  # every answer is written to its end
-    return model
 
 
 def _ours(model: Any, stack: ExitStack) -> Run:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole table: the sweep, the comparisons, what each level gains, and planned against measured memory, and generation. About four hours on one GPU; where there are
+# The whole table: the sweep, the comparisons, what each level gains, and planned against measured memory, generation, and serving. About four hours on one GPU; where there are
 # several, each takes its share, one job at a time.
 #   bash benchmarks/gpu/run_all.sh gsm8k_train.jsonl [RESULTS_FOLDER]
 # PYTHON names the interpreter (default: python). A job that fails is recorded, and the next one begins.
@@ -28,6 +28,7 @@ jobs+=("compare.py w4 --epoch --ours tuned --peer hf_trainer:best --out $results
     "memory.py --models w3 --out $results/memory.jsonl"
     "ballast.py --out $results/ballast.jsonl"
     "generation.py --out $results/generate.jsonl"
+    "serving.py --out $results/serving.jsonl"
     "paged_kernel.py --json $results/paged_kernel.jsonl")
 
 work() { # GPU: every job whose turn it is
@@ -35,7 +36,7 @@ work() { # GPU: every job whose turn it is
     for ((index = $1; index < ${#jobs[@]}; index += gpus)); do
         echo "== GPU $1: ${jobs[index]}"
         documents=(--data "$data")
-        [[ ${jobs[index]} =~ ^(memory|ballast|generation|paged_kernel)\.py ]] && documents=() # it reads none
+        [[ ${jobs[index]} =~ ^(memory|ballast|generation|serving|paged_kernel)\.py ]] && documents=() # it reads none
         # shellcheck disable=SC2086  # a job is a line of words
         CUDA_VISIBLE_DEVICES=$1 "$python" benchmarks/gpu/${jobs[index]} ${documents[@]+"${documents[@]}"}
     done
