@@ -1,15 +1,13 @@
-"""The kernels of the paged cache against the formula in float64, in CUDA graphs and inside compiled code."""
+"""The kernels of the paged cache against the formula in float64, and in CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
-from torch import library
 
 pytest.importorskip("triton", reason="PyTorch's CUDA builds for Linux bring Triton")
 
@@ -209,18 +207,6 @@ def test_heads_that_do_not_lie_in_one_piece() -> None:
     assert torch.equal(cache.values.flatten(0, 1)[slots], -new)
 
 
-def test_the_operators_keep_their_promises() -> None:
-    """Schemas, fake tensors and mutation, as PyTorch checks them."""
-    cache = cache_of((40, 9), 16, 2, 64, torch.float16)
-    query = query_of(cache, 4)
-    tensors = (query, cache.keys.nan_to_num(), cache.values.nan_to_num(), cache.tables, cache.lengths)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    library.opcheck(torch.ops.truthgpt.paged_decode.default, (*tensors, 0.1, 8, 5.0), test_utils=tests)
-    new = torch.randn(2, 2, 64, device=DEVICE).half()
-    slots = torch.tensor([3, -1], device=DEVICE)
-    library.opcheck(torch.ops.truthgpt.write_pages.default, (new, new, *tensors[1:3], slots), test_utils=tests)
-
-
 def next_token(query: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, cache: Cache) -> torch.Tensor:
     """What a layer does: write, then attend."""
     write_pages(new[0], new[1], cache.keys, cache.values, slots)
@@ -282,31 +268,6 @@ def test_no_call_waits_for_the_gpu() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     next_token(query, new, slots, cache)
-
-
-def test_compiled_whole_with_any_batch() -> None:
-    """One graph for all batches, with both operators in it."""
-    compilations: list[Any] = []
-
-    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        compilations.append(module)
-        return torch._inductor.compile(module, inputs)
-
-    def layer(
-        query: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-        tables: torch.Tensor, lengths: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        return next_token(query, new, slots, Cache(keys, values, tables, lengths))
-
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
-    for lengths in ((40, 9, 600, 1, 0, 65), (1, 2, 3, 0, 4), (700, 16)):
-        cache = cache_of(lengths, 16, 2, 64, torch.float16)
-        query, new, slots = query_of(cache, 4), random_like(2, len(lengths), 2, 64), last_slots(cache)
-        expected = expected_next(query, new, slots, cache)
-        output = compiled(query, new, slots, cache.keys, cache.values, cache.tables, cache.lengths)
-        assert_near(output, expected)
-        assert torch.equal(cache.keys.flatten(0, 1)[slots[slots >= 0]], new[0][slots >= 0])
-    assert len(compilations) == 1
 
 
 def test_the_result_is_the_same_every_time() -> None:

@@ -12,6 +12,7 @@ from tests.inference.engine_runs import answers
 from tests.inference.small_models import EOS, LAYERS, TOKENIZER, greedy_by_hand, small_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import truthgpt.attention.paged
 import truthgpt.inference.open_engine
 import truthgpt.inference.paged_runner
 from truthgpt.attention.paged import InOneRow, paged_attention
@@ -151,7 +152,7 @@ def test_attention_that_is_wrong_is_found_before_it_is_used(
     kind: str, spoil: Callable[[torch.Tensor, Any], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*arguments: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
-        return spoil(paged_attention(*arguments, **keywords)[0], keywords["paged"]), None
+        return spoil(paged_attention(*arguments, **keywords)[0], truthgpt.attention.paged._in_use.step), None
 
     monkeypatch.setattr(truthgpt.inference.paged_runner, "paged_attention", wrong)
     model, fallbacks = small_model(kind), Fallbacks()

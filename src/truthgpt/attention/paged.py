@@ -8,11 +8,15 @@ each sequence is computed in a rectangle (`Rectangle`), that of a lone sequence 
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from truthgpt.attention.gpu import HALF, MAX_HEAD_SIZE
 from truthgpt.attention.varlen import varlen_between
@@ -69,20 +73,77 @@ def paged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    paged: PagedStep,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface for `(1, H, N, D)`: stores the new keys and values, then attends.
+    """transformers' attention interface for `(1, H, N, D)`: stores the new keys and values, then attends, both as the
+    step in use says (`step_in_use`).
 
     What else models pass (position ids, cache flags) says nothing that attention depends on; a model for which it
     does is found by the probe.
     """
     del attention_mask, dropout, others
-    pages = KeysValues(getattr(module, KEY_PAGES), getattr(module, VALUE_PAGES))
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    return paged.attention(query, KeysValues(key, value), pages, scores), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    keys, values = getattr(module, KEY_PAGES), getattr(module, VALUE_PAGES)
+    attend = torch.ops.truthgpt.paged_attention if torch.compiler.is_compiling() else _in_step
+    return attend(query, key, value, keys, values, scaling, sliding_window, softcap), None
+
+
+class _InUse(threading.local):
+    step: PagedStep | None = None
+
+
+_in_use = _InUse()
+
+
+@contextmanager
+def step_in_use(step: PagedStep) -> Iterator[None]:
+    """Attention in this thread is that of `step` inside."""
+    before, _in_use.step = _in_use.step, step
+    try:
+        yield
+    finally:
+        _in_use.step = before
+
+
+def _in_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    assert _in_use.step is not None, "a forward pass outside of step_in_use"
+    scores = Scores(scaling, window, softcap)
+    return _in_use.step.attention(query, KeysValues(key, value), KeysValues(keys, values), scores)
+
+
+# Compiled layers see an operator, not the step: its numbers are others every time, and each would be compiled for.
+_operator = library.custom_op(
+    "truthgpt::paged_attention",
+    _in_step,
+    mutates_args=("keys", "values"),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, float scaling, int? window, "
+    "float? softcap) -> Tensor",
+)
+
+
+@_operator.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 @dataclass(frozen=True)
@@ -191,7 +252,6 @@ class Ragged:
     longest: tuple[int, int]
     one_by_one: OneByOne
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its numbers are others in every step
     def attend(self, queries: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
         """See `Reach`."""
         if queries.dtype not in HALF or queries.shape[-1] > MAX_HEAD_SIZE or scores.softcap is not None:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import library
 
 LOG2_E = 1.4426950408889634
 
@@ -67,10 +66,13 @@ def paged_decode(
         window: positions a query sees at most, its own included.
         softcap: bends the scores to `softcap * tanh(scores / softcap)`.
     """
-    output: torch.Tensor = torch.ops.truthgpt.paged_decode(
-        query, keys, values, block_tables, lengths, scaling, window, softcap
-    )
-    return output
+    query = _with_whole_heads(query)
+    tile = tile_of(query.shape[2], query.dtype)
+    positions = block_tables.shape[1] * keys.shape[1]
+    if window is not None:
+        positions = min(positions, window + tile.positions)
+    splits = split_count(query.shape[0], keys.shape[2], positions, _processors(query.device))
+    return decode(query, keys, values, block_tables, lengths, scaling, window, softcap, splits, tile)
 
 
 def write_pages(
@@ -83,7 +85,17 @@ def write_pages(
         keys, values: one layer's pages `(blocks, block_size, H_kv, D)`.
         slots: int64 `(N,)`, block times block size plus place in the block, each at most once; -1: not written.
     """
-    torch.ops.truthgpt.write_pages(key, value, keys, values, slots)
+    key, value = _with_whole_heads(key), _with_whole_heads(value)
+    tokens, kv_heads, head_size = key.shape
+    block_d = _block_of(head_size)
+    block_h = min(int(triton.next_power_of_2(kv_heads)), 4096 // block_d)
+    with torch.cuda.device_of(key):  # type: ignore[no-untyped-call, unused-ignore]
+        _write[(tokens, _cdiv(kv_heads, block_h))](
+            key, value, keys, values, slots,
+            *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
+            KV_HEADS=kv_heads, HEAD_SIZE=head_size, BLOCK_SIZE=keys.shape[1], BLOCK_H=block_h, BLOCK_D=block_d,
+            num_warps=max(1, min(8, block_h * block_d // 256)),
+        )  # fmt: skip
 
 
 def split_count(batch: int, kv_heads: int, positions: int, processors: int) -> int:
@@ -145,71 +157,6 @@ def tile_of(head_size: int, dtype: torch.dtype) -> Tile:
     """The tile for this size of heads."""
     table = _FLOAT32 if dtype == torch.float32 else _HALF
     return next(tile for size, tile in table.items() if head_size <= size)
-
-
-@library.custom_op(
-    "truthgpt::paged_decode",
-    mutates_args=(),
-    schema="(Tensor query, Tensor keys, Tensor values, Tensor block_tables, Tensor lengths, float scaling, "
-    "int? window, float? softcap) -> Tensor",
-)
-def _paged_decode(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    block_tables: torch.Tensor,
-    lengths: torch.Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    query = _with_whole_heads(query)
-    tile = tile_of(query.shape[2], query.dtype)
-    positions = block_tables.shape[1] * keys.shape[1]
-    if window is not None:
-        positions = min(positions, window + tile.positions)
-    splits = split_count(query.shape[0], keys.shape[2], positions, _processors(query.device))
-    return decode(query, keys, values, block_tables, lengths, scaling, window, softcap, splits, tile)
-
-
-@_paged_decode.register_fake
-def _(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    block_tables: torch.Tensor,
-    lengths: torch.Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    return query.new_empty(query.shape)
-
-
-@library.custom_op(
-    "truthgpt::write_pages",
-    mutates_args=("keys", "values"),
-    schema="(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots) -> ()",
-)
-def _write_pages(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
-) -> None:
-    key, value = _with_whole_heads(key), _with_whole_heads(value)
-    tokens, kv_heads, head_size = key.shape
-    block_d = _block_of(head_size)
-    block_h = min(int(triton.next_power_of_2(kv_heads)), 4096 // block_d)
-    with torch.cuda.device_of(key):  # type: ignore[no-untyped-call, unused-ignore]
-        _write[(tokens, _cdiv(kv_heads, block_h))](
-            key, value, keys, values, slots,
-            *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
-            KV_HEADS=kv_heads, HEAD_SIZE=head_size, BLOCK_SIZE=keys.shape[1], BLOCK_H=block_h, BLOCK_D=block_d,
-            num_warps=max(1, min(8, block_h * block_d // 256)),
-        )  # fmt: skip
-
-
-@_write_pages.register_fake
-def _(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-    return None
 
 
 @lru_cache(maxsize=8)

@@ -25,6 +25,7 @@ from truthgpt.attention.paged import (
     Reach,
     Rectangle,
     paged_attention,
+    step_in_use,
 )
 from truthgpt.inference.decode_graph import DecodeGraphs
 from truthgpt.inference.runner import Work, logits_to_keep
@@ -138,8 +139,10 @@ class PagedRunner:
         return logits
 
     def _decode(self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
-        output = self._model(input_ids=input_ids, position_ids=position_ids, use_cache=False, paged=step)
-        logits: torch.Tensor = output.logits[0]
+        with step_in_use(step):
+            logits: torch.Tensor = self._model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[
+                0
+            ]
         return logits
 
     def forward(
@@ -151,13 +154,13 @@ class PagedRunner:
         positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
         ids = torch.tensor([token for tokens in new for token in tokens], device=device)
         last = torch.tensor(list(accumulate(counts)), device=device) - 1
-        output = self._model(
-            input_ids=ids.unsqueeze(0),
-            position_ids=torch.from_numpy(positions).to(device).unsqueeze(0),
-            use_cache=False,
-            paged=self._step(starts, counts, tables),
-            **self._logits_to_keep(last),
-        )
+        with step_in_use(self._step(starts, counts, tables)):
+            output = self._model(
+                input_ids=ids.unsqueeze(0),
+                position_ids=torch.from_numpy(positions).to(device).unsqueeze(0),
+                use_cache=False,
+                **self._logits_to_keep(last),
+            )
         logits: torch.Tensor = output.logits[0]
         return logits if len(logits) == len(counts) else logits[last]
 
