@@ -57,6 +57,7 @@ class Server:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the model, measure every level, print and append a record each."""
     options = _options(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or the server would outlive it
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.model or Path(temporary) / "model"

@@ -19,8 +19,8 @@ from truthgpt.runtime.compile import decoder_layers
 
 BLOCKS, BLOCK = 12, 4
 COUNTS = [(5, 9, 3), (7,), (1, 1, 1), (3, 1), (1,), (2, 2, 2, 2, 2), (1, 1, 1, 1, 1, 1, 1), (1,), (6, 4)]
-"""New tokens of each sequence in one pass after the other; each sequence goes on from what it has. The first pass has no size that the model has too: torch would
-take them for one and the same."""
+"""New tokens of each sequence in one pass after the other; each sequence goes on from what it has. The first pass has
+no size that the model has too: torch would take them for one and the same."""
 
 
 @pytest.fixture(autouse=True)

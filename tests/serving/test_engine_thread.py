@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
 from tests.serving.fake_engine import FakeEngine, expected_text
 from truthgpt.inference.request import Piece, Sampling
-from truthgpt.serving.engine_thread import BusyError, EngineThread, StoppingError, TextRequest
+from truthgpt.serving.engine_thread import BusyError, EngineError, EngineThread, StoppingError, TextRequest
 from truthgpt.serving.piece_stream import PieceStream
 
 
@@ -142,5 +143,49 @@ def test_an_error_comes_after_the_text_before_it() -> None:
         assert (await anext(stream))[1].text == "a"
         with pytest.raises(StoppingError):
             await anext(stream)
+
+    asyncio.run(run())
+
+
+def test_an_event_loop_that_cannot_keep_up_gets_fewer_and_longer_pieces() -> None:
+    """The engine goes on meanwhile; the first and the last token of a request do not wait."""
+
+    async def pieces_of(thread: EngineThread, busy_s: float) -> list[Piece]:
+        found = []
+        async for _, piece in thread.stream([request(120)]):
+            found.append(piece)
+            time.sleep(busy_s)  # the event loop is what is busy
+        return found
+
+    async def run() -> None:
+        thread = EngineThread(FakeEngine(step_s=0.002))
+        thread.start()
+        slow, quick = await pieces_of(thread, 0.01), await pieces_of(thread, 0.0)
+        for pieces in (slow, quick):
+            assert "".join(piece.text for piece in pieces) == expected_text([1, 2], 0, 120)
+            assert len(pieces[0].token_ids) <= 2
+        assert len(slow) < 40, "an event of 10 ms for each token of 2 ms"
+        assert len(quick) > 80
+        await thread.stop(1)
+
+    asyncio.run(run())
+
+
+def test_what_was_written_before_a_failure_arrives_before_it() -> None:
+    async def run() -> None:
+        def fail() -> None:
+            if engine.steps == 50:
+                raise RuntimeError("out of order")
+
+        engine = FakeEngine(before_step=fail)
+        thread = EngineThread(engine)
+        thread.start()
+        text = ""
+        with pytest.raises(EngineError):
+            async for _, piece in thread.stream([request(100)]):
+                text += piece.text
+                time.sleep(0.005)
+        assert text == expected_text([1, 2], 0, engine.steps)
+        await thread.stop(1)
 
     asyncio.run(run())

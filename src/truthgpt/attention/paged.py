@@ -244,20 +244,26 @@ class Ragged:
         borders: int32 `(2, B + 1)`: where each sequence's queries and keys begin.
         seen: int64: slots of all positions of all sequences; None: there are new ones only.
         longest: the most queries and keys of a sequence.
-        one_by_one: the same for scores and types that flash attention does not know.
+        one_by_one: the same for scores and types that flash attention does not know; None: it knows them.
     """
 
     borders: torch.Tensor
     seen: torch.Tensor | None
     longest: tuple[int, int]
-    one_by_one: OneByOne
+    one_by_one: OneByOne | None
 
     def attend(self, queries: torch.Tensor, new: KeysValues, pages: KeysValues, scores: Scores) -> torch.Tensor:
         """See `Reach`."""
-        if queries.dtype not in HALF or queries.shape[-1] > MAX_HEAD_SIZE or scores.softcap is not None:
+        if not flash_serves(queries, scores.softcap):
+            assert self.one_by_one is not None
             return self.one_by_one.attend(queries, new, pages, scores)
         keys, values = new if self.seen is None else (each.flatten(0, 1)[self.seen] for each in pages)
         return varlen_between(queries, keys, values, self.borders, self.longest, scores.scaling, scores.window)
+
+
+def flash_serves(queries: torch.Tensor, softcap: float | None) -> bool:
+    """Whether PyTorch's variable-length flash attention computes this on a GPU."""
+    return queries.dtype in HALF and queries.shape[-1] <= MAX_HEAD_SIZE and softcap is None
 
 
 @dataclass(frozen=True)

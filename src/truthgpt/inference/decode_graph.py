@@ -1,4 +1,4 @@
-"""One new token of many sequences as a CUDA graph: the host starts one thing instead of a thousand kernels.
+"""One new token of many sequences as a CUDA graph.
 
 A graph is captured for a size of the batch and of the block tables when it is first needed, and serves every batch up
 to that size; the rows left over have length 0 and are written nowhere.
@@ -6,9 +6,7 @@ to that size; the rows left over have length 0 and are written nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,26 +14,16 @@ import numpy.typing as npt
 import torch
 
 from truthgpt.attention.paged import InBlocks, InOneRow, PagedStep
+from truthgpt.inference.captured_pass import CapturedPass, MemoryPool, capture
 from truthgpt.inference.token_sequence import TokenSequence
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 LEAST_BLOCKS = 8
-WARM_UPS = 3
-"""Passes before a capture: kernels are chosen and compiled in them."""
 _TOKEN, _POSITION, _SLOT, _LENGTH, _SOURCE, _TABLE = range(6)
 """Columns of what a graph reads: one number each, and from the last one on the blocks."""
 
 Forward = Callable[[torch.Tensor, torch.Tensor, PagedStep], torch.Tensor]
 """`(input ids (1, N), position ids (1, N), step) -> logits (N, V)`."""
-
-
-@dataclass(frozen=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    inputs: torch.Tensor
-    staging: Iterator[torch.Tensor]
-    """Page-locked memory on the host, in turn: the device may still read one while the next is written."""
-    logits: torch.Tensor
 
 
 class DecodeGraphs:
@@ -44,14 +32,15 @@ class DecodeGraphs:
     Args:
         forward: runs the model; what it does must depend on its tensors' values on the device only.
         block_size: positions of a block.
+        pool: see `capture`.
     """
 
-    def __init__(self, forward: Forward, block_size: int, device: torch.device) -> None:
+    def __init__(self, forward: Forward, block_size: int, pool: MemoryPool, device: torch.device) -> None:
         self._forward = forward
         self._block_size = block_size
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._pool = pool
+        self._captured: dict[tuple[int, int], CapturedPass] = {}
         self._tables = _Tables()
 
     def logits(
@@ -80,31 +69,14 @@ class DecodeGraphs:
         rows[:count, _TABLE : _TABLE + tables.shape[1]] = tables
         captured = self._captured.get((size, width))
         if captured is None:
-            captured = self._captured[(size, width)] = self._capture(rows)
-        staging = next(captured.staging)
-        staging.copy_(torch.from_numpy(rows))
-        captured.inputs.copy_(staging, non_blocking=True)
+            captured = self._captured[(size, width)] = capture(self._run, rows, self._pool, self._device)
+        captured.write(rows)
         if ahead is not None:
             # A row without a token (its logits were not finite) ends when the host sees it.
             captured.inputs[:count, _TOKEN] = ahead[0][captured.inputs[:count, _SOURCE]].clamp_min(0)
         captured.graph.replay()
         return captured.logits[:count]
 
-    def _capture(self, rows: npt.NDArray[np.int64]) -> _Captured:
-        inputs = torch.from_numpy(rows).to(self._device)
-        staging = cycle([torch.from_numpy(rows).pin_memory() for _ in range(2)])
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._run(inputs)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._run(inputs)
-        return _Captured(graph, inputs, staging, logits)
-
-    @torch.no_grad()
     def _run(self, inputs: torch.Tensor) -> torch.Tensor:
         reach = InBlocks(inputs[:, _TABLE:].to(torch.int32), inputs[:, _LENGTH].to(torch.int32))
         step = InOneRow(inputs[:, _SLOT].contiguous(), reach, kernels=True)

@@ -100,7 +100,7 @@ def _paged(
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
     stack.enter_context(paged_model(model, layers.modules, cache))
-    return PagedRunner(model, cache)
+    return PagedRunner(model, cache, flash=layers.flash)
 
 
 def _blocks(

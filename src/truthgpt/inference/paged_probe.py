@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from truthgpt.attention.install import install_attention, transformers_attention_in
+from truthgpt.attention.paged import flash_serves
 from truthgpt.attention.probe import HALF_TOLERANCE, TOLERANCE
 from truthgpt.inference.paged_runner import PagedRunner, paged_model
 from truthgpt.inference.runner import logits_to_keep
@@ -29,6 +30,7 @@ class AttentionLayers:
         dtype: type of the keys.
         even: values are of the same size as keys.
         tell_window: some say how far they look back.
+        flash: what they compute is what flash attention can.
     """
 
     modules: list[torch.nn.Module]
@@ -36,11 +38,12 @@ class AttentionLayers:
     dtype: torch.dtype
     even: bool
     tell_window: bool
+    flash: bool
 
 
 def attention_layers(model: PreTrainedModel) -> AttentionLayers:
     """Found by running two tokens: names and configurations differ from family to family."""
-    found = AttentionLayers([], [], model.dtype, even=True, tell_window=False)
+    found = AttentionLayers([], [], model.dtype, even=True, tell_window=False, flash=True)
 
     def note(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **others: Any
@@ -52,6 +55,7 @@ def attention_layers(model: PreTrainedModel) -> AttentionLayers:
             key.dtype,
             found.even and key.shape == value.shape,
             found.tell_window or others.get("sliding_window") is not None,
+            found.flash and flash_serves(query, others.get("softcap")),
         )
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
@@ -98,7 +102,7 @@ def paged_obstacle(model: PreTrainedModel, layers: AttentionLayers) -> str | Non
                 row, keep = torch.tensor([ids], device=model.device), logits_to_keep(model)(1)
                 wanted = model(input_ids=row, use_cache=False, **keep).logits[0, -1]
             with paged_model(model, layers.modules, cache):
-                found = _in_parts(PagedRunner(model, cache), cache, ids)
+                found = _in_parts(PagedRunner(model, cache, layers.flash), cache, ids)
     except (TypeError, ValueError) as error:
         return f"{name} cannot run with it: {str(error).splitlines()[0]}"
     error_size = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))

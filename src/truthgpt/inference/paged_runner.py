@@ -28,6 +28,7 @@ from truthgpt.attention.paged import (
     step_in_use,
 )
 from truthgpt.inference.decode_graph import DecodeGraphs
+from truthgpt.inference.prompt_graph import PromptGraphs
 from truthgpt.inference.runner import Work, logits_to_keep
 from truthgpt.inference.token_sequence import TokenSequence
 from truthgpt.kv_cache.paged import KVPages
@@ -40,16 +41,21 @@ class PagedRunner:
     Args:
         model: attends through `paged_attention`, its layers have their part of `cache` (`paged_model`).
         cache: the memory.
+        flash: flash attention can compute what the layers do, so that prompts need nothing from the host.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KVPages) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVPages, flash: bool = False) -> None:
         self._model = model
         self._cache = cache
         self._kernels = model.device.type == "cuda" and has_triton()
         self._logits_to_keep = logits_to_keep(model)
         self._graphs: DecodeGraphs | None = None
+        self._prompt_graphs: PromptGraphs | None = None
         if self._kernels:
-            self._graphs = DecodeGraphs(self._decode, cache.pool.block_size, model.device)
+            pool = torch.cuda.graph_pool_handle()
+            self._graphs = DecodeGraphs(self._decode, cache.pool.block_size, pool, model.device)
+            if flash:
+                self._prompt_graphs = PromptGraphs(self._run_step, pool, model.device)
 
     @property
     def positions(self) -> int:
@@ -139,30 +145,32 @@ class PagedRunner:
         return logits
 
     def _decode(self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
+        return self._run_step(input_ids, position_ids, step, None)
+
+    def _run_step(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits `(B, V)` of these rows, or of all."""
+        kept = {} if rows is None else self._logits_to_keep(rows)
         with step_in_use(step):
-            logits: torch.Tensor = self._model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[
-                0
-            ]
-        return logits
+            output = self._model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **kept)
+        logits: torch.Tensor = output.logits[0]
+        return logits if rows is None or len(logits) == len(rows) else logits[rows]
 
     def forward(
         self, new: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[tuple[int, ...]]
     ) -> torch.Tensor:
         """Logits `(B, V)` behind each sequence's `new` tokens, which stand behind `starts` others in its `tables`."""
-        device = self._model.device
-        counts = [len(tokens) for tokens in new]
+        counts, device = [len(tokens) for tokens in new], self._model.device
+        if self._prompt_graphs is not None and max(counts) > 1 and self._prompt_graphs.fit(starts, counts):
+            size = self._cache.pool.block_size
+            slots = [_slots(table, size, count) for table, count in zip(tables, counts, strict=True)]
+            return self._prompt_graphs.logits(new, np.concatenate(slots))
         positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
         ids = torch.tensor([token for tokens in new for token in tokens], device=device)
-        last = torch.tensor(list(accumulate(counts)), device=device) - 1
-        with step_in_use(self._step(starts, counts, tables)):
-            output = self._model(
-                input_ids=ids.unsqueeze(0),
-                position_ids=torch.from_numpy(positions).to(device).unsqueeze(0),
-                use_cache=False,
-                **self._logits_to_keep(last),
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits if len(logits) == len(counts) else logits[last]
+        rows = torch.tensor(list(accumulate(counts)), device=device) - 1
+        step = self._step(starts, counts, tables)
+        return self._run_step(ids[None], torch.from_numpy(positions).to(device)[None], step, rows)
 
     def _step(self, starts: Sequence[int], counts: Sequence[int], tables: Sequence[tuple[int, ...]]) -> PagedStep:
         device, size = self._model.device, self._cache.pool.block_size

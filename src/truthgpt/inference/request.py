@@ -67,3 +67,7 @@ class Piece:
     token_ids: tuple[int, ...]
     text: str
     finish: FinishReason | None
+
+    def after(self, before: Piece) -> Piece:
+        """Both of them, as one."""
+        return Piece(self.request_id, before.token_ids + self.token_ids, before.text + self.text, self.finish)

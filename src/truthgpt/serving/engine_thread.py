@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from truthgpt.errors import TruthGPTError
 from truthgpt.inference.request import Piece, Sampling
 from truthgpt.serving.base import Load, TextEngine
+from truthgpt.serving.outbox import Outbox, Place
 from truthgpt.serving.piece_stream import PieceStream
 
 logger = logging.getLogger(__name__)
@@ -20,6 +23,10 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_WAITING = 1024
 _JOIN_S = 30.0
 """How long the end of the server waits for a step that is under way."""
+_REST = 5.0
+"""How long the event loop gets nothing but urgent pieces after it has sent all there were, in times of what that took.
+To send an event takes it many times as long as the engine needs for a token, and only one of the two runs at a time:
+when it cannot keep up, its events become fewer and longer, instead of the engine slower."""
 _MAX_FAILURES = 3
 """Failures in a row, without a step that worked, after which an engine is given up."""
 
@@ -72,8 +79,11 @@ class EngineThread:
         self._inbox: deque[Callable[[], None]] = deque()
         self._ending = False
         self._failed = False
+        # When the event loop is given everything again, by time.monotonic(): one number, read and written whole.
+        self._next_delivery_s = 0.0
         # Of the thread.
-        self._live: dict[int, tuple[PieceStream, int]] = {}
+        self._live: dict[int, Place] = {}
+        self._outbox = Outbox()
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -171,6 +181,16 @@ class EngineThread:
             if not stream.unfinished:
                 self._streams.discard(stream)
 
+    def _rest_after_sending(self) -> None:
+        """Called after `_deliver`: those it woke send before what is called from here."""
+        begin = time.monotonic()
+
+        def sent() -> None:
+            now = time.monotonic()
+            self._next_delivery_s = now + _REST * (now - begin)
+
+        asyncio.get_running_loop().call_soon(sent)
+
     def _fail(self, stream: PieceStream, error: Exception) -> None:
         stream.fail(error)
         self._streams.discard(stream)
@@ -220,6 +240,7 @@ class EngineThread:
         ids = [request_id for request_id, (owner, _) in self._live.items() if owner is stream]
         for request_id in ids:
             del self._live[request_id]
+        self._outbox.forget(stream)
         self._cancel_in_engine(ids)
 
     def _cancel_in_engine(self, ids: Sequence[int]) -> None:
@@ -240,17 +261,22 @@ class EngineThread:
             self._give_up_requests()
             return
         self._failures = 0
-        found = []
         for piece in pieces:
             if piece.request_id in self._live:
-                found.append((*self._live[piece.request_id], piece))
+                self._outbox.add(self._live[piece.request_id], piece)
                 if piece.finish is not None:
                     del self._live[piece.request_id]
-        self._call(self._deliver, self._engine.load(), found)
+        everything = time.monotonic() >= self._next_delivery_s
+        self._call(self._deliver, self._engine.load(), self._outbox.take(everything))
+        if everything:
+            self._next_delivery_s = math.inf
+            self._call(self._rest_after_sending)
 
     def _give_up_requests(self) -> None:
         """End every request with an error and empty the engine, or say that it cannot go on."""
+        self._call(self._deliver, self._engine.load(), self._outbox.take(everything=True))
         for stream in {stream for stream, _ in self._live.values()}:
+            self._outbox.forget(stream)
             self._call(self._fail, stream, EngineError("the engine failed while it wrote; the server's log says why"))
         self._live.clear()
         self._failures += 1

@@ -66,11 +66,7 @@ class PieceStream:
         if index not in self.unfinished:
             return
         before = self._ready.pop(index, None)
-        if before is not None:
-            piece = Piece(
-                piece.request_id, before.token_ids + piece.token_ids, before.text + piece.text, finish=piece.finish
-            )
-        self._ready[index] = piece
+        self._ready[index] = piece if before is None else piece.after(before)
         if piece.finish is not None:
             self.unfinished.discard(index)
         self._changed.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +25,10 @@ from truthgpt.serving.openai_api import STOP_DEADLINE_S, create_app
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long the engine's thread waits for the event loop's, or the other way round, where both have Python to run; a
+step of the engine takes 2 ms, and Python's own 5 ms would be most of it."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,12 @@ def run_app(app: ASGIApp, thread: EngineThread, bound: socket.socket, on_ready: 
         # The thread ends the answers before that; this is for clients that do not read them.
         timeout_graceful_shutdown=int(STOP_DEADLINE_S) + 2,
     )
-    _Server(config, thread, on_ready).run(sockets=[bound])
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        _Server(config, thread, on_ready).run(sockets=[bound])
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _Server(uvicorn.Server):
