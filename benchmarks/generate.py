@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from truthgpt.inference.engine import Engine, EngineLimits
-from truthgpt.inference.open_engine import open_engine
+from truthgpt.inference.open_engine import EngineOptions, open_engine
 from truthgpt.inference.request import Sampling
 from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.runtime.fallbacks import Fallbacks
@@ -71,8 +71,8 @@ def compare(
     lengths = [len(prompt) + count for prompt, count in zip(*load, strict=True)]
     for _ in range(pairs + 1):  # the first of each warms up
         theirs.append(timed(lambda: generate(model, load)))
-        policy, limits = PagedKVCache(BLOCK_SIZE), EngineLimits(sequences=BATCH)
-        with open_engine(model, tokenizer, policy, Fallbacks(strict=True), limits, lengths=lengths) as engine:
+        policy, options = PagedKVCache(BLOCK_SIZE), EngineOptions(limits=EngineLimits(sequences=BATCH))
+        with open_engine(model, tokenizer, policy, Fallbacks(strict=True), options, lengths) as engine:
             ours.append(timed(lambda engine=engine: answer(engine, load)))
     ours, theirs = ours[1:], theirs[1:]
     asked = sum(load[1])

@@ -48,3 +48,18 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def on_amd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """oneDNN is the faster one, whatever processor this is."""
+    import torch
+
+    from truthgpt.runtime import onednn
+
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):  # type: ignore[no-untyped-call, unused-ignore]
+        pytest.skip("needs oneDNN and MKL")
+    monkeypatch.setattr(onednn, "is_amd_processor", lambda: True)
+    onednn.is_faster.cache_clear()
+    yield
+    onednn.is_faster.cache_clear()

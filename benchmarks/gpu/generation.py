@@ -126,13 +126,14 @@ def _measure(run: Run, contender: str, loads: Sequence[str], repeats: int, versi
 def _ours(model: Any, stack: ExitStack) -> Run:
     from transformers import PreTrainedTokenizerFast
 
-    from truthgpt.inference.open_engine import open_engine
+    from truthgpt.inference.open_engine import EngineOptions, open_engine
     from truthgpt.inference.request import Sampling
     from truthgpt.kv_cache.paged import PagedKVCache
     from truthgpt.runtime.fallbacks import Fallbacks
 
     tokenizer, fallbacks = _byte_tokenizer(PreTrainedTokenizerFast), Fallbacks(strict=True)
-    engine = stack.enter_context(open_engine(model, tokenizer, PagedKVCache(BLOCK_SIZE), fallbacks, compiled=True))
+    options = EngineOptions(compiled=True)
+    engine = stack.enter_context(open_engine(model, tokenizer, PagedKVCache(BLOCK_SIZE), fallbacks, options))
 
     def run(prompts: Prompts, new: list[int]) -> dict[str, Any]:
         first: dict[int, float] = {}

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from truthgpt.errors import ConfigError
 from truthgpt.factories.kv_cache import KV_CACHES
-from truthgpt.inference.engine import Engine, EngineLimits
-from truthgpt.inference.open_engine import open_engine
+from truthgpt.inference.engine import Engine
+from truthgpt.inference.open_engine import EngineOptions, open_engine
 from truthgpt.load_model import LoadedModel, load_model
 from truthgpt.runtime.device import choose_device
 from truthgpt.runtime.fallbacks import Fallbacks
@@ -28,20 +28,14 @@ class ServingOptions:
         dtype: `float32`, `bf16`, or `auto`: bf16 on a GPU that has it.
         kv_cache: name of a cache.
         block_size: positions of a block of a paged one.
-        cache_bytes: its memory; None: most of what a GPU has free, or 2 GiB elsewhere.
-        limits: how much is done at once.
-        compiled: on a GPU, compile the layers for decoding.
-        streaming: text comes with every token, not at the end.
+        engine: see `EngineOptions`.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     kv_cache: str = "paged"
     block_size: int = 16
-    cache_bytes: int | None = None
-    limits: EngineLimits = field(default_factory=EngineLimits)
-    compiled: bool = False
-    streaming: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass(frozen=True)
@@ -71,15 +65,5 @@ def open_text_model(target: Path, options: ServingOptions) -> Iterator[TextModel
         hold_weights_in_bf16(loaded.model, sum_in_float32=False)
     policy = KV_CACHES.build(options.kv_cache, {}, block_size=options.block_size)
     name = (loaded.run_directory or loaded.folder).absolute().name
-    with open_engine(
-        loaded.model,
-        loaded.tokenizer,
-        policy,
-        Fallbacks(),
-        limits=options.limits,
-        cache_bytes=options.cache_bytes,
-        model_name=name,
-        compiled=options.compiled,
-        streaming=options.streaming,
-    ) as engine:
+    with open_engine(loaded.model, loaded.tokenizer, policy, Fallbacks(), options.engine, model_name=name) as engine:
         yield TextModel(engine, loaded.tokenizer, loaded)

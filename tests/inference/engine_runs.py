@@ -14,7 +14,7 @@ from tests.inference.small_models import EOS, POSITIONS, TOKENIZER, small_model
 from transformers import GenerationConfig, PreTrainedModel
 
 from truthgpt.inference.engine import Engine
-from truthgpt.inference.open_engine import open_engine
+from truthgpt.inference.open_engine import EngineOptions, open_engine
 from truthgpt.inference.paged_runner import PagedRunner
 from truthgpt.inference.request import FinishReason, Piece, Sampling
 from truthgpt.inference.token_sequence import TokenSequence
@@ -31,7 +31,7 @@ def opened(model: PreTrainedModel, block_size: int = 4, blocks: int = 1000, **ch
     fallbacks = Fallbacks(strict=True)
     policy = PagedKVCache(block_size)
     lengths = [block_size] * blocks
-    with open_engine(model, TOKENIZER, policy, fallbacks, cache_bytes=2**28, lengths=lengths, **changes) as engine:
+    with open_engine(model, TOKENIZER, policy, fallbacks, EngineOptions(2**28, **changes), lengths) as engine:
         assert engine.load().cache_tokens == blocks * block_size
         yield engine
         if not engine.has_work:

@@ -28,7 +28,7 @@ from truthgpt.attention.install import install_attention
 from truthgpt.errors import ConfigError
 from truthgpt.inference.engine import Engine
 from truthgpt.inference.generate import Generation, encode_prompt, generate_texts
-from truthgpt.inference.open_engine import open_engine
+from truthgpt.inference.open_engine import EngineOptions, open_engine
 from truthgpt.inference.request import Sampling
 from truthgpt.kv_cache.base import KVCachePolicy
 from truthgpt.kv_cache.none import NoKVCache
@@ -52,7 +52,7 @@ every_cache = pytest.mark.parametrize("cache", CACHES)
 @contextmanager
 def opened(model: PreTrainedModel, cache: str = "paged", tokenizer: Any = TOKENIZER) -> Iterator[Engine]:
     fallbacks = Fallbacks(strict=True)
-    with open_engine(model, tokenizer, CACHES[cache], fallbacks, cache_bytes=2**20) as engine:
+    with open_engine(model, tokenizer, CACHES[cache], fallbacks, EngineOptions(2**20)) as engine:
         yield engine
         if not engine.has_work:
             assert engine.load().cache_used_tokens == 0

@@ -18,7 +18,7 @@ import truthgpt.inference.paged_runner
 from truthgpt.attention.paged import InOneRow, paged_attention
 from truthgpt.errors import ConfigError
 from truthgpt.inference.engine import EngineLimits
-from truthgpt.inference.open_engine import open_engine
+from truthgpt.inference.open_engine import EngineOptions, open_engine
 from truthgpt.inference.request import Sampling
 from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.runtime.fallbacks import Fallbacks
@@ -97,7 +97,7 @@ def test_models_that_cannot_use_it_keep_their_own(
     limits = EngineLimits(sequences=4, prompt_tokens=9)
     with (
         caplog.at_level(logging.WARNING, logger="truthgpt"),
-        open_engine(model, TOKENIZER, PagedKVCache(4), fallbacks, limits, cache_bytes=2**20) as engine,
+        open_engine(model, TOKENIZER, PagedKVCache(4), fallbacks, EngineOptions(2**20, limits=limits)) as engine,
     ):
         assert answers(engine, prompts, GREEDY) == expected
         assert engine.load().cache_tokens == 0
@@ -118,7 +118,7 @@ def test_a_window_that_the_samples_do_not_reach_is_no_obstacle() -> None:
     """Of the same model, with as many positions as its window has."""
     model = made("phimoe", **LONG | EXPERTS | {"sliding_window": 128, "pad_token_id": 0})
     expected = by_hand(model, PROMPTS)
-    with open_engine(model, TOKENIZER, PagedKVCache(4), Fallbacks(strict=True), cache_bytes=2**22) as engine:
+    with open_engine(model, TOKENIZER, PagedKVCache(4), Fallbacks(strict=True), EngineOptions(2**22)) as engine:
         assert answers(engine, PROMPTS, GREEDY) == expected
 
 
@@ -126,7 +126,7 @@ def test_a_model_that_views_its_heads_as_one_can_use_it() -> None:
     """Attention functions return their output in one piece, as transformers' own do."""
     model = made("afmoe", **LONG | EXPERTS | {"num_dense_layers": 1, "num_attention_heads": 4, "head_dim": 8})
     expected = by_hand(model, PROMPTS)
-    with open_engine(model, TOKENIZER, PagedKVCache(4), Fallbacks(strict=True), cache_bytes=2**22) as engine:
+    with open_engine(model, TOKENIZER, PagedKVCache(4), Fallbacks(strict=True), EngineOptions(2**22)) as engine:
         assert answers(engine, PROMPTS, GREEDY) == expected
 
 
@@ -156,7 +156,7 @@ def test_attention_that_is_wrong_is_found_before_it_is_used(
 
     monkeypatch.setattr(truthgpt.inference.paged_runner, "paged_attention", wrong)
     model, fallbacks = small_model(kind), Fallbacks()
-    with open_engine(model, TOKENIZER, PagedKVCache(4), fallbacks, cache_bytes=2**20) as engine:
+    with open_engine(model, TOKENIZER, PagedKVCache(4), fallbacks, EngineOptions(2**20)) as engine:
         assert answers(engine, PROMPTS, GREEDY) == by_hand(model, PROMPTS)
     (taken,) = fallbacks.to_json()
     assert "would be off by" in taken["reason"]
@@ -175,7 +175,7 @@ def test_the_probe_is_not_misled_by_products_in_low_precision() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with open_engine(model, TOKENIZER, PagedKVCache(4), Fallbacks(strict=True), cache_bytes=2**20):
+        with open_engine(model, TOKENIZER, PagedKVCache(4), Fallbacks(strict=True), EngineOptions(2**20)):
             assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -185,12 +185,12 @@ def test_the_probe_is_not_misled_by_products_in_low_precision() -> None:
 def test_a_cache_too_small_for_one_block_is_refused() -> None:
     """A block of 8 positions of 2 layers, keys and values of 32 numbers of 4 bytes."""
     needed = 8 * 2 * 2 * 32 * 4
-    with open_engine(small_model(), TOKENIZER, PagedKVCache(8), Fallbacks(), cache_bytes=needed) as engine:
+    with open_engine(small_model(), TOKENIZER, PagedKVCache(8), Fallbacks(), EngineOptions(needed)) as engine:
         assert engine.load().cache_tokens == 8
     message = f"a block of 8 positions takes {needed:,} bytes, the cache has {needed - 1:,}: give it more memory"
     with (
         pytest.raises(ConfigError, match=message),
-        open_engine(small_model(), TOKENIZER, PagedKVCache(8), Fallbacks(), cache_bytes=needed - 1),
+        open_engine(small_model(), TOKENIZER, PagedKVCache(8), Fallbacks(), EngineOptions(needed - 1)),
     ):
         raise AssertionError("opened")
 
@@ -202,10 +202,10 @@ def test_a_cache_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPat
     model, cache = small_model(), PagedKVCache(8)
     with (
         pytest.raises(ConfigError, match=message),
-        open_engine(model, TOKENIZER, cache, Fallbacks(), cache_bytes=11 * of_one),
+        open_engine(model, TOKENIZER, cache, Fallbacks(), EngineOptions(11 * of_one)),
     ):
         raise AssertionError("opened")
-    with open_engine(model, TOKENIZER, cache, Fallbacks(), cache_bytes=11 * of_one, lengths=[80]) as engine:
+    with open_engine(model, TOKENIZER, cache, Fallbacks(), EngineOptions(11 * of_one), lengths=[80]) as engine:
         assert engine.load().cache_tokens == 80
 
 
@@ -213,6 +213,6 @@ def test_a_cache_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPat
 def test_the_cache_is_no_larger_than_what_it_is_for(lengths: list[int], positions: int) -> None:
     of_one = 8 * 2 * 2 * 32 * 4
     with open_engine(
-        small_model(), TOKENIZER, PagedKVCache(8), Fallbacks(), cache_bytes=8 * of_one, lengths=lengths
+        small_model(), TOKENIZER, PagedKVCache(8), Fallbacks(), EngineOptions(8 * of_one), lengths=lengths
     ) as engine:
         assert engine.load().cache_tokens == {16: sum(-(-n // 8) * 8 for n in lengths), 64: 64}[positions]

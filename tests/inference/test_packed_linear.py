@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,19 +15,8 @@ from truthgpt.inference.packed_linear import packed_linears
 from truthgpt.runtime import onednn
 from truthgpt.runtime.onednn import is_faster, linear_layers, multiply_by_onednn
 
-pytestmark = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()), reason="needs oneDNN and MKL"
-)
+pytestmark = pytest.mark.usefixtures("on_amd")
 IDS = torch.randint(0, EOS, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _on_amd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever this machine has."""
-    monkeypatch.setattr(onednn, "is_amd_processor", lambda: True)
-    is_faster.cache_clear()
-    yield
-    is_faster.cache_clear()
 
 
 @torch.no_grad()

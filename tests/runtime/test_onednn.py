@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,18 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from truthgpt.runtime import onednn
 from truthgpt.runtime.onednn import is_faster, linear, matmul, multiply_by_onednn, pack
 
-pytestmark = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()), reason="needs oneDNN and MKL"
-)
-
-
-@pytest.fixture(autouse=True)
-def _on_amd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever this machine has."""
-    monkeypatch.setattr(onednn, "is_amd_processor", lambda: True)
-    is_faster.cache_clear()
-    yield
-    is_faster.cache_clear()
+pytestmark = pytest.mark.usefixtures("on_amd")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

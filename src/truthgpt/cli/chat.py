@@ -69,9 +69,10 @@ def chat(
 
 @contextmanager
 def _engine(target: Path, device: str) -> Iterator[tuple[ChatEngine, PreTrainedTokenizerBase]]:
+    from truthgpt.inference.open_engine import EngineOptions
     from truthgpt.serve_model import ServingOptions, open_text_model
 
-    with open_text_model(target, ServingOptions(device=device, streaming=True)) as model:
+    with open_text_model(target, ServingOptions(device, engine=EngineOptions(streaming=True))) as model:
         yield model.engine, model.tokenizer
 
 

@@ -31,6 +31,7 @@ def demo(
     from truthgpt.serving.packages import require_server_packages
 
     require_server_packages()
+    from truthgpt.inference.open_engine import EngineOptions
     from truthgpt.serve_model import ServingOptions
     from truthgpt.serving.server import ServerOptions
 
@@ -46,7 +47,7 @@ def demo(
             say(f"no display here: from another machine, ssh -L {number}:127.0.0.1:{number} HOST and open the same URL")
 
     server = ServerOptions("127.0.0.1", port, shorten=True)
-    run_model_server(target, ServingOptions(device=device, streaming=True), server, on_ready, _page)
+    run_model_server(target, ServingOptions(device, engine=EngineOptions(streaming=True)), server, on_ready, _page)
 
 
 def has_display() -> bool:

@@ -77,11 +77,12 @@ def generate(
     texts = _prompts(prompt, prompts)
     size = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
     from truthgpt.inference.generate import generate_texts
+    from truthgpt.inference.open_engine import EngineOptions
     from truthgpt.inference.request import Sampling
     from truthgpt.serve_model import ServingOptions, open_text_model
 
     sampling = Sampling(*(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed), stop=tuple(stop or ()))
-    options = ServingOptions(device, dtype.value, kv_cache.value, block_size, size, compiled=compiled)
+    options = ServingOptions(device, dtype.value, kv_cache.value, block_size, EngineOptions(size, compiled))
     generations = []
     with open_text_model(target, options) as model, _lines(out, overwrite) as file:
         for generation in generate_texts(model.engine, model.tokenizer, texts, sampling):

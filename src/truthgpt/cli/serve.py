@@ -40,6 +40,7 @@ def serve(
     from truthgpt.serving.packages import require_server_packages
 
     require_server_packages()
+    from truthgpt.inference.open_engine import EngineOptions
     from truthgpt.serve_model import ServingOptions
     from truthgpt.serving.guards import is_loopback
     from truthgpt.serving.server import ServerOptions
@@ -57,7 +58,7 @@ def serve(
         )
 
     size = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
-    model_options = ServingOptions(device, dtype.value, cache_bytes=size, compiled=compiled, streaming=True)
+    model_options = ServingOptions(device, dtype.value, engine=EngineOptions(size, compiled, streaming=True))
     run_model_server(target, model_options, options, on_ready)
 
 

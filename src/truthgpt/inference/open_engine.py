@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,44 +34,55 @@ RECOMPILE_LIMIT = 32
 """Shapes a layer is compiled for before it stays eager."""
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine runs a model.
+
+    Args:
+        cache_bytes: memory of a paged cache; None: most of what a GPU has free, or 2 GiB elsewhere.
+        compiled: on a GPU, compile the layers: about ten seconds at first, for more tokens a second.
+        streaming: text comes with every token, not at the end.
+        limits: how much is done at once.
+    """
+
+    cache_bytes: int | None = None
+    compiled: bool = False
+    streaming: bool = False
+    limits: EngineLimits = field(default_factory=EngineLimits)
+
+
 @contextmanager
 def open_engine(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     policy: KVCachePolicy,
     fallbacks: Fallbacks,
-    limits: EngineLimits | None = None,
-    cache_bytes: int | None = None,
+    options: EngineOptions | None = None,
     lengths: Sequence[int] | None = None,
     model_name: str = "",
-    compiled: bool = False,
-    streaming: bool = False,
 ) -> Iterator[Engine]:
     """An engine that runs `model`; its mode, attention and weights are as before afterwards.
 
     Args:
         policy: which cache to keep. A model that cannot use a paged one keeps transformers' own, with one line.
-        limits: how much is done at once.
-        cache_bytes: memory of a paged cache; None: most of what a GPU has free, or 2 GiB elsewhere.
         lengths: positions that each request needs, for a cache that holds no more than all of them; None: not known.
-        compiled: on a GPU, compile the layers: about ten seconds at first, for more tokens a second.
-        streaming: text comes with every token, not at the end.
 
     Raises:
         ConfigError: the cache would not hold a single block, or is to take more memory than there is.
     """
+    options = options or EngineOptions()
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
-        compiled = compiled and model.device.type == "cuda" and has_triton()
+        compiled = options.compiled and model.device.type == "cuda" and has_triton()
         if not compiled:  # layers that were compiled for training: every length would be compiled anew
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if model.device.type == "cpu":
             stack.enter_context(packed_linears(model))
-        runner = _paged(model, policy, fallbacks, cache_bytes, lengths, compiled, stack)
+        runner = _paged(model, policy, fallbacks, options.cache_bytes, lengths, compiled, stack)
         if runner is None:
             stack.enter_context(transformers_attention_in(model))
             runner = OneByOneRunner(model, use_cache=policy.keeps)
-        yield Engine(model, tokenizer, runner, limits or EngineLimits(), model_name, streaming)
+        yield Engine(model, tokenizer, runner, options.limits, model_name, options.streaming)
 
 
 def _paged(
