@@ -202,7 +202,7 @@ def _build_kv_cache(config: Config, task: TaskParts, fallbacks: Fallbacks) -> KV
     policy: KVCachePolicy = KV_CACHES.build(cache.type, cache.model_extra, block_size=cache.block_size)
     if task.tokenizer is None or not config.generate.prompts or not isinstance(policy, PagedKVCache):
         return policy
-    # Of one block: all that an engine measures, and none of the memory that it takes.
+    # Of one block: all that an engine measures, and none of the memory that its cache takes.
     with open_engine(task.model, task.tokenizer, policy, fallbacks, lengths=[1]) as engine:
         return policy if engine.load().cache_tokens else NoKVCache(keeps=True)
 

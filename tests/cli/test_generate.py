@@ -110,11 +110,13 @@ def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     target, link = tmp_path / "elsewhere" / "out.jsonl", tmp_path / "link.jsonl"
     target.write_text("old\n")
+    target.chmod(0o600)
     link.symlink_to(target)
     with _lines(link, overwrite=True) as file:
         assert file is not None
         file.write("new\n")
     assert link.is_symlink() and target.read_text() == "new\n" and list(target.parent.iterdir()) == [target]
+    assert target.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_line_ends_where_a_line_of_text_does(tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "cache": (["--kv-cache", "huge"], 2, "--kv-cache"),
     "two sources": (["--prompts", "p.txt"], 2, "give either --prompt TEXT (repeatable) or --prompts FILE"),
     "no folder": (["--out", "nowhere/out.jsonl"], 6, "--out: nowhere/out.jsonl cannot be written: No such file"),
-    "a folder": (["--out", "m"], 6, "--out: m cannot be written: Is a directory"),
+    "a folder": (["--out", "m"], 6, "--out: m is a folder: name a file in it"),
     "nothing to replace": (["--overwrite"], 2, "--overwrite is read with --out only; leave it out"),
 }
 

@@ -63,11 +63,25 @@ def test_weights_are_read_anew_each_time() -> None:
 def test_layers_in_training_go_on_as_they_were() -> None:
     model = small_model("gpt2")
     multiply_by_onednn(model)
-    before = [vars(layer)["forward"] for layer in linear_layers(model)]
     with pytest.raises(KeyboardInterrupt), packed_linears(model):
-        assert not any(vars(layer)["forward"] in before for layer in linear_layers(model))
+        assert all("forward" in vars(layer) for layer in linear_layers(model))
         raise KeyboardInterrupt
-    assert [vars(layer)["forward"] for layer in linear_layers(model)] == before
+    assert linear_layers(model) and not any("forward" in vars(layer) for layer in linear_layers(model))
+
+
+def test_a_copy_that_fails_leaves_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, left = small_model("llama"), [3]
+
+    def pack_some(weight: torch.Tensor) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("out of memory")
+        return onednn.pack(weight)
+
+    monkeypatch.setattr(packed_linear, "pack", pack_some)
+    with pytest.raises(RuntimeError, match="out of memory"), packed_linears(model):
+        raise AssertionError("opened")
+    assert not any("forward" in vars(layer) for layer in linear_layers(model))
 
 
 def test_too_little_memory_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +132,8 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _refuse_occupied(out: Path | None, overwrite: bool) -> None:
+    if out is not None and out.is_dir():
+        raise RunDirectoryError(f"--out: {out} is a folder: name a file in it")
     if out is not None and _is_occupied(out) and not overwrite:
         raise RunDirectoryError(f"--out: {out} is there already: give another --out, or --overwrite to replace it")
 
@@ -158,6 +161,7 @@ def _lines(out: Path | None, overwrite: bool) -> Iterator[IO[str] | None]:
         with file:
             yield file
         if replaced is not None:
+            shutil.copymode(replaced, written)
             commit_file(written, replaced)
     finally:
         if replaced is not None:

@@ -17,6 +17,10 @@ WARM_UPS = 3
 """Passes before a capture: kernels are chosen and compiled in them."""
 
 
+class CaptureError(RuntimeError):
+    """The pass cannot be captured: it reads values on the host."""
+
+
 @dataclass(frozen=True)
 class CapturedPass:
     """A graph, what it reads, and the logits that it writes, which are valid until another graph of its pool runs."""
@@ -49,6 +53,9 @@ def capture(
     Args:
         values: inputs to run it with before; what it writes to the cache is written then too.
         pool: memory that graphs share, `torch.cuda.graph_pool_handle()`.
+
+    Raises:
+        CaptureError: see there.
     """
     inputs = torch.from_numpy(values).to(device)
     staging = cycle([(torch.from_numpy(values).pin_memory(), torch.cuda.Event()) for _ in range(2)])  # type: ignore[no-untyped-call]
@@ -59,6 +66,11 @@ def capture(
             run(inputs)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        logits = run(inputs)
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            logits = run(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(f"it cannot be captured as a CUDA graph: {str(error).splitlines()[0]}") from error
     return CapturedPass(graph, inputs, staging, logits)

@@ -19,7 +19,7 @@ from truthgpt.runtime.onednn import is_faster, linear, linear_layers, pack, weig
 logger = logging.getLogger(__name__)
 
 SHARE = 0.5
-"""The part of the free memory that the second copy of the weights may take."""
+"""The part of the free memory, where that is known, which the second copy of the weights may take."""
 
 
 @contextmanager
@@ -31,15 +31,11 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     if free is not None and needed > SHARE * free:
         logger.info("no packed copy of the weights for faster products: it takes %d bytes of %d free", needed, free)
         layers = []
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        packed = pack(weight_of(layer).detach().contiguous())
-        layer.forward = partial(linear, weight=packed, bias=layer.bias)  # type: ignore[method-assign]
     try:
+        for layer in layers:
+            packed = pack(weight_of(layer).detach().contiguous())
+            layer.forward = partial(linear, weight=packed, bias=layer.bias)  # type: ignore[method-assign]
         yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward  # type: ignore[method-assign]
+        for layer in layers:
+            vars(layer).pop("forward", None)

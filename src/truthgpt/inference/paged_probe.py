@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from truthgpt.attention.install import install_attention, transformers_attention_in
 from truthgpt.attention.paged import flash_serves
 from truthgpt.attention.probe import HALF_TOLERANCE, TOLERANCE
+from truthgpt.inference.captured_pass import CaptureError
 from truthgpt.inference.paged_runner import PagedRunner, paged_model
 from truthgpt.inference.runner import logits_to_keep
 from truthgpt.kv_cache.base import LayerShape
@@ -103,7 +104,7 @@ def paged_obstacle(model: PreTrainedModel, layers: AttentionLayers) -> str | Non
                 wanted = model(input_ids=row, use_cache=False, **keep).logits[0, -1]
             with paged_model(model, layers.modules, cache):
                 found = _in_parts(PagedRunner(model, cache, layers.flash), cache, ids)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, CaptureError) as error:
         return f"{name} cannot run with it: {str(error).splitlines()[0]}"
     error_size = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
     tolerance = TOLERANCE if wanted.dtype == torch.float32 else HALF_TOLERANCE

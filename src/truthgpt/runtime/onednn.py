@@ -6,7 +6,7 @@ too, does. On Intel's processors both take the same time, and nothing changes.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,14 +52,31 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left @ right` of two matrices, without gradients: float32 on a CPU by the kernels that are faster."""
-    if left.device.type == "cpu" and left.dtype == torch.float32 and is_faster():
+    if left.device.type == "cpu" and left.dtype == torch.float32 and left.numel() and right.numel() and is_faster():
         return linear(left, right.t())
     return left @ right
 
 
+class OneDnnLinear(nn.Linear):
+    """nn.Linear, multiplied by oneDNN forward and backward where it computes in float32 on a CPU."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return _multiplied(input, self.weight, self.bias) if _fits(input, self.weight) else super().forward(input)
+
+
+class OneDnnConv1D(Conv1D):  # type: ignore[misc, unused-ignore]
+    """The same of transformers' Conv1D, whose weight is `(in, out)`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return _multiplied(x, self.weight.t(), self.bias) if _fits(x, self.weight) else super().forward(x)
+
+
 def linear_layers(model: nn.Module) -> list[nn.Linear | Conv1D]:
-    """The layers whose products these are; what derives from them may compute something else."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and type(m) in (nn.Linear, Conv1D)]
+    """The layers whose products these are; what else derives from them may compute something else."""
+    exactly = (nn.Linear, Conv1D, OneDnnLinear, OneDnnConv1D)
+    return [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and type(m) in exactly]
 
 
 def weight_of(layer: nn.Linear | Conv1D) -> torch.Tensor:
@@ -68,26 +85,27 @@ def weight_of(layer: nn.Linear | Conv1D) -> torch.Tensor:
 
 
 def multiply_by_onednn(model: nn.Module) -> None:
-    """Make the linear layers of `model`, which computes in float32 on a CPU, multiply so where that is faster, forward
-    and backward, in place. Parameters and their names stay."""
+    """Make the linear layers of `model` multiply so where that is faster, in place. Parameters and their names stay."""
     if is_faster():
         for layer in linear_layers(model):
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+            layer.__class__ = OneDnnLinear if isinstance(layer, nn.Linear) else OneDnnConv1D
 
 
-def _forward(layer: nn.Linear | Conv1D, x: torch.Tensor) -> torch.Tensor:
-    product: torch.Tensor
-    if x.dtype == layer.weight.dtype == torch.float32:
-        product = _Linear.apply(x, weight_of(layer), layer.bias)  # type: ignore[no-untyped-call]
-    else:  # it was made another type since
-        product = type(layer).forward(layer, x)
+def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    float32_on_a_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    return float32_on_a_cpu and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
+
+
+def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return product
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        # As F.linear does: the input of a frozen layer is not kept.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         return linear(x, weight, bias)
 
     @staticmethod
@@ -96,6 +114,6 @@ class _Linear(torch.autograd.Function):
         (gradient,) = outputs
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
-        of_x = linear(rows, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
+        of_x = linear(rows, weight.t()).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
         of_weight = linear(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None

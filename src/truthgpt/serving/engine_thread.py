@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from truthgpt.errors import TruthGPTError
 from truthgpt.inference.request import Piece, Sampling
@@ -172,6 +172,7 @@ class EngineThread:
         self.load = load
         for stream, index, piece in pieces:
             if piece.finish == "error":
+                stream.put(index, replace(piece, finish=None))  # what was written before
                 stream.fail(EngineError("the model's numbers are not finite: it cannot continue this text"))
                 self._close(stream)
                 continue
@@ -181,15 +182,15 @@ class EngineThread:
             if not stream.unfinished:
                 self._streams.discard(stream)
 
-    def _rest_after_sending(self) -> None:
-        """Called after `_deliver`: those it woke send before what is called from here."""
+    def _deliver_everything(self, load: Load, pieces: list[tuple[PieceStream, int, Piece]]) -> None:
         begin = time.monotonic()
+        self._deliver(load, pieces)
 
         def sent() -> None:
             now = time.monotonic()
             self._next_delivery_s = now + _REST * (now - begin)
 
-        asyncio.get_running_loop().call_soon(sent)
+        asyncio.get_running_loop().call_soon(sent)  # behind those who were woken, who send before it
 
     def _fail(self, stream: PieceStream, error: Exception) -> None:
         stream.fail(error)
@@ -266,15 +267,15 @@ class EngineThread:
                 self._outbox.add(self._live[piece.request_id], piece)
                 if piece.finish is not None:
                     del self._live[piece.request_id]
-        everything = time.monotonic() >= self._next_delivery_s
-        self._call(self._deliver, self._engine.load(), self._outbox.take(everything))
-        if everything:
+        if time.monotonic() >= self._next_delivery_s:
             self._next_delivery_s = math.inf
-            self._call(self._rest_after_sending)
+            self._call(self._deliver_everything, self._engine.load(), self._outbox.take(everything=True))
+        else:
+            self._call(self._deliver, self._engine.load(), self._outbox.take(everything=False))
 
     def _give_up_requests(self) -> None:
         """End every request with an error and empty the engine, or say that it cannot go on."""
-        self._call(self._deliver, self._engine.load(), self._outbox.take(everything=True))
+        self._call(self._deliver, self.load, self._outbox.take(everything=True))
         for stream in {stream for stream, _ in self._live.values()}:
             self._outbox.forget(stream)
             self._call(self._fail, stream, EngineError("the engine failed while it wrote; the server's log says why"))
