@@ -133,16 +133,8 @@ _operator = library.custom_op(
 
 
 @_operator.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: object) -> torch.Tensor:
+    del key, others
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -88,17 +88,22 @@ def generate(
     with open_text_model(target, options) as model, _lines(out, overwrite) as file:
         for generation in generate_texts(model.engine, model.tokenizer, texts, sampling):
             generations.append(asdict(generation))
-            if file is not None:
-                file.write(json.dumps(generations[-1], ensure_ascii=False) + "\n")
-            if json_output or file is not None:
-                say(f"{len(generations)}/{len(texts)} prompts")
-            else:
-                typer.echo(f"{generation.prompt}{generation.text}\n")
+            _give_out(generations[-1], file, f"{len(generations)}/{len(texts)} prompts", json_output)
     if json_output:
         emit_json(generations)
     failed = sum(generation["finish"] == "error" for generation in generations)
     if failed:
         raise NonFiniteError(f"{failed} of {len(texts)} answers ended early: the model's logits are not finite")
+
+
+def _give_out(generation: dict[str, Any], file: IO[str] | None, progress: str, json_output: bool) -> None:
+    """An answer as it comes: into the file if there is one, and to the terminal what belongs there."""
+    if file is not None:
+        file.write(json.dumps(generation, ensure_ascii=False) + "\n")
+    if json_output or file is not None:
+        say(progress)
+    else:
+        typer.echo(f"{generation['prompt']}{generation['text']}\n")
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

@@ -53,7 +53,7 @@ class PagedRunner:
         self._prompt_graphs: PromptGraphs | None = None
         if self._kernels:
             pool = torch.cuda.graph_pool_handle()
-            self._graphs = DecodeGraphs(self._decode, cache.pool.block_size, pool, model.device)
+            self._graphs = DecodeGraphs(self._run_step, cache.pool.block_size, pool, model.device)
             if flash:
                 self._prompt_graphs = PromptGraphs(self._run_step, pool, model.device)
 
@@ -144,13 +144,10 @@ class PagedRunner:
             sequence.computed += 1
         return logits
 
-    def _decode(self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
-        return self._run_step(input_ids, position_ids, step, None)
-
     def _run_step(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep, rows: torch.Tensor | None
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits `(B, V)` of these rows, or of all."""
+        """Logits `(B, V)` of these rows; None: of all."""
         kept = {} if rows is None else self._logits_to_keep(rows)
         with step_in_use(step):
             output = self._model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **kept)
