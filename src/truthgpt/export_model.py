@@ -5,6 +5,7 @@ The folder is written beside its place and moved there when it is whole, so that
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -140,6 +141,7 @@ def _write_merged(loaded: LoadedModel, written: Path, dtype: torch.dtype | None,
     merged_model(model, dtype).save_pretrained(written)
     _copy_description(loaded.folder, written, leave_out=(ADAPTER_CONFIG, "config.json"))
     del model, loaded
+    gc.collect()  # layers with adapters refer to one another, and another model is loaded next
     return check_written(written, expected, dtype, base)
 
 
