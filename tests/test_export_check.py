@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.exc import Unsupported
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import truthgpt.export_model
@@ -21,7 +22,7 @@ from tests.sample_data import write_every_source
 from tests.test_added_tokens_run import CHAT, TOKENIZER, chats
 from tests.test_lora_run import CPU, LORA, bases, pretrained, run
 from truthgpt.errors import CheckpointError
-from truthgpt.export_check import ExportCheck, check_written, expect
+from truthgpt.export_check import Expected, ExportCheck, check_written, expect
 from truthgpt.export_model import export_model
 from truthgpt.load_model import LoadedModel, load_model
 
@@ -133,9 +134,9 @@ def test_what_differs_is_no_export(
     run(bases, "export", "llama", "--out", "there")
     before = {path.name: path.read_bytes() for path in (bases.folder / "there").iterdir()}
 
-    def damaged(written: Path, *arguments: Any) -> ExportCheck:
+    def damaged(written: Path, expected: Expected) -> ExportCheck:
         damage(written)
-        return check_written(written, *arguments)
+        return check_written(written, expected)
 
     monkeypatch.setattr(truthgpt.export_model, "check_written", damaged)
     for out in ("out", "there"):
@@ -197,6 +198,9 @@ def test_adapters_on_a_base_with_other_settings(bases: Cli) -> None:
 
 @pytest.mark.parametrize("kind", ["model", "adapters", "merged"])
 def test_one_model_at_a_time(bases: Cli, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    # Behind this, which a run whose layers do not compile meets, a caller keeps what it gave to a call until it ends.
+    with pytest.raises(Unsupported):
+        torch.compile(torch._dynamo.graph_break, backend="eager", fullgraph=True)()
     train(bases, "model" if kind == "model" else "adapters")
     exported: list[weakref.ref[Any]] = []
 
@@ -205,9 +209,9 @@ def test_one_model_at_a_time(bases: Cli, monkeypatch: pytest.MonkeyPatch, kind: 
         exported.append(weakref.ref(next(loaded.model.parameters())))
         return loaded
 
-    def checked(*arguments: Any) -> ExportCheck:
+    def checked(written: Path, expected: Expected) -> ExportCheck:
         assert exported and exported[0]() is None, "still there while the other one is loaded"
-        return check_written(*arguments)
+        return check_written(written, expected)
 
     monkeypatch.setattr(truthgpt.export_model, "load_model", remembered)
     monkeypatch.setattr(truthgpt.export_model, "check_written", checked)

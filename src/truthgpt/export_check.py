@@ -65,6 +65,14 @@ class ExportCheck:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """The type that adapters are merged in, and the logits of their base without them."""
+
+    dtype: torch.dtype
+    base_logits: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Expected:
     """What a model to be exported computes.
 
@@ -72,11 +80,13 @@ class Expected:
         inputs: the probe batch, as the model is called with it: `input_ids` (B, T) or `pixel_values` (B, C, H, W).
         logits: (B, T, V) or (B, classes), float32.
         tokens: how its tokenizer encodes some texts; None for an image classifier.
+        merging: None: it is written as it is.
     """
 
     inputs: Mapping[str, torch.Tensor]
     logits: torch.Tensor
     tokens: list[list[int]] | None
+    merging: Merging | None = None
 
 
 def expect(loaded: LoadedModel) -> Expected:
@@ -86,14 +96,8 @@ def expect(loaded: LoadedModel) -> Expected:
     return Expected(inputs, logits_of(loaded.model, inputs), tokens)
 
 
-def check_written(
-    written: Path, expected: Expected, merged_in: torch.dtype | None = None, base_logits: torch.Tensor | None = None
-) -> ExportCheck:
+def check_written(written: Path, expected: Expected) -> ExportCheck:
     """Load the folder `written` by the Auto classes of transformers, adapters by peft on their base, and compare.
-
-    Args:
-        merged_in: the type that adapters were merged in; None: nothing was merged.
-        base_logits: of merged adapters, the logits without them.
 
     Raises:
         CheckpointError: it cannot be loaded, or computes or encodes something else.
@@ -108,11 +112,12 @@ def check_written(
     if tokens != expected.tokens:
         raise CheckpointError("the exported tokenizer does not encode texts as the model's own does")
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    merging = expected.merging
     check = ExportCheck(
         dtype=name_of(dtype),
         difference=_distance(logits_of(model, expected.inputs), expected.logits),
-        tolerance=FLOAT32_NOISE if merged_in is None else max(FLOAT32_NOISE, 4 * torch.finfo(merged_in).eps),
-        adapter_effect=None if base_logits is None else _distance(base_logits, expected.logits),
+        tolerance=FLOAT32_NOISE if merging is None else max(FLOAT32_NOISE, 4 * torch.finfo(merging.dtype).eps),
+        adapter_effect=None if merging is None else _distance(merging.base_logits, expected.logits),
     )
     if check.adapter_effect is not None:
         _refuse_lossy_merge(check, check.adapter_effect)

@@ -5,21 +5,20 @@ The folder is written beside its place and moved there when it is whole, so that
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from truthgpt.errors import ConfigError, RunDirectoryError
-from truthgpt.export_check import Expected, ExportCheck, check_written, expect, logits_of, name_of
+from truthgpt.export_check import Expected, ExportCheck, Merging, check_written, expect, logits_of, name_of
 from truthgpt.load_model import EVERY_WEIGHT_FILE, LoadedModel, load_model, trained_folder
 from truthgpt.models.causal_lm import quiet_transformers
 from truthgpt.models.lora import ADAPTER_CONFIG, BASE_FOLDER, save_adapters
@@ -70,11 +69,12 @@ def export_model(
     folder = None if target.is_file() else trained_folder(target)
     _refuse_occupied(out, folder or target, overwrite)
     with _new_folder(out) as written:
+        # Written in a call, behind which nothing holds the model: what was written is loaded next.
         if merge:
-            check = _write_merged(load_model(target, device, not raw, stored_type=True), written, dtype, target)
+            expected = _write_merged(load_model(target, device, not raw, stored_type=True), written, dtype, target)
         else:
             expected = _write(load_model(target, device, not raw, stored_type=True), written, folder)
-            check = check_written(written, expected)
+        check = check_written(written, expected)
         _name_own_base(written, out)
         adapters = (written / ADAPTER_CONFIG).is_file()
     return Exported(out, "merged" if merge else "adapters" if adapters else "model", "raw" if raw else "ema", check)
@@ -129,7 +129,8 @@ def _name_own_base(written: Path, out: Path) -> None:
         path.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_merged(loaded: LoadedModel, written: Path, dtype: torch.dtype | None, target: Path) -> ExportCheck:
+def _write_merged(loaded: LoadedModel, written: Path, dtype: torch.dtype | None, target: Path) -> Expected:
+    """Write the model with its adapters merged; what is to be found there."""
     model = loaded.model
     if not has_adapters(model):
         raise ConfigError(f"--merge-lora: {target} has no adapters; leave it out")
@@ -140,9 +141,7 @@ def _write_merged(loaded: LoadedModel, written: Path, dtype: torch.dtype | None,
         base = logits_of(model, expected.inputs)
     merged_model(model, dtype).save_pretrained(written)
     _copy_description(loaded.folder, written, leave_out=(ADAPTER_CONFIG, "config.json"))
-    del model, loaded
-    gc.collect()  # layers with adapters refer to one another, and another model is loaded next
-    return check_written(written, expected, dtype, base)
+    return replace(expected, merging=Merging(dtype, base))
 
 
 @contextmanager

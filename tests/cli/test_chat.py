@@ -186,6 +186,14 @@ class Terminal:
                 raise AssertionError(f"ended without {text!r}:\n{self.text}") from error
         self.text = self.text.partition(text)[2]
 
+    def interrupt_until(self, text: str) -> None:
+        """Ctrl-C until `text` is seen: a signal that comes before readline waits is seen at the next key only."""
+        for _ in range(20):
+            self.type(CTRL_C)
+            with contextlib.suppress(AssertionError):
+                return self.see(text, timeout_s=3.0)
+        raise AssertionError(f"no {text!r} in\n{self.text}")
+
     def wait(self) -> int:
         """The exit code."""
         _, status = os.waitpid(self._pid, 0)
@@ -219,9 +227,7 @@ def test_at_a_terminal(terminal: Terminal) -> None:
     terminal.type(CTRL_C)
     terminal.see(" tokens, stopped, ")
     terminal.see("> ")
-    time.sleep(0.5)  # a signal that comes before readline waits is seen at the next key only
-    terminal.type(CTRL_C)
-    terminal.see("(Ctrl-D or /exit leaves)")
+    terminal.interrupt_until("(Ctrl-D or /exit leaves)")
     terminal.see("> ")
     terminal.type("/system x\n")
     terminal.see("> ")
