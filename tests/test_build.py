@@ -254,6 +254,7 @@ def test_a_model_with_masks_of_its_own_keeps_transformers_attention(tmp_path: Pa
     assert components.model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("compiles", [True, False])
 @pytest.mark.parametrize(
     ("overrides", "by_onednn"),
     [
@@ -265,16 +266,18 @@ def test_a_model_with_masks_of_its_own_keeps_transformers_attention(tmp_path: Pa
     ids=["float32", "adapters", "bf16", "compiled"],
 )
 def test_float32_on_a_cpu_is_multiplied_by_onednn_where_that_is_faster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], by_onednn: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], by_onednn: bool, compiles: bool
 ) -> None:
     monkeypatch.setattr(truthgpt.runtime.onednn, "is_faster", lambda: True)
     monkeypatch.setattr(truthgpt.runtime.precision, "has_native_bf16", lambda device: True)
-    monkeypatch.setattr(truthgpt.build, "compile_layers", lambda *arguments: None)
+    monkeypatch.setattr(truthgpt.build, "compile_layers", lambda *arguments: compiles)
     config = small_config(tmp_path, "data.validation_fraction=0.1", *overrides)
     components = build_components(config)
     layers = linear_layers(components.model)
+    compiled = "training.torch_compile=true" in overrides
+    by_onednn |= compiled and not compiles
     assert layers and {isinstance(layer, OneDnnLinear | OneDnnConv1D) for layer in layers} == {by_onednn}
-    if "training.torch_compile=true" in overrides:
+    if compiled:
         return
     for layer in layers:
         layer.__class__ = torch.nn.Linear if isinstance(layer, torch.nn.Linear) else Conv1D

@@ -244,7 +244,8 @@ def _compile(config: Config, task: TaskParts, precision: Precision, max_steps: i
         loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
-    compile_layers(model, mode, task.fixed_shapes, probe, fallbacks)
+    if not compile_layers(model, mode, task.fixed_shapes, probe, fallbacks):
+        _multiply_on_cpu(model, precision)
     return graph
 
 

@@ -137,9 +137,12 @@ def test_who_gives_way_to_others_writes_the_same(
     assert sum(preempted.values()) >= 5 and ids[0] not in preempted, preempted
 
 
-def test_who_came_first_is_answered_first_when_the_cache_is_full(preempted: Counter[int]) -> None:
+@pytest.mark.parametrize("first_tokens", [(0, 1, 2, 3, 4, 5), (0, 1, 0, 2, 1, 3)], ids=["different", "some alike"])
+def test_who_came_first_is_answered_first_when_the_cache_is_full(
+    first_tokens: tuple[int, ...], preempted: Counter[int]
+) -> None:
     with opened(small_model("llama"), 4, blocks=9) as engine:
-        ids = [engine.submit([n] * 8, Sampling(20, seed=n)) for n in range(6)]
+        ids = [engine.submit([token] * 8, Sampling(20, seed=n)) for n, token in enumerate(first_tokens)]
         ended = []
         while engine.has_work:
             ended += [piece.request_id for piece in engine.step() if piece.finish == "length"]

@@ -120,7 +120,7 @@ def test_compiled_in_place(quick_backend: list[dict[str, Any]], fixed: bool) -> 
     torch.manual_seed(0)
     model, fallbacks = Model(), Fallbacks()
     keys, expected = list(model.state_dict()), model(torch.ones(2, 4))
-    compile_layers(model, "max-autotune", fixed, probe_of(model), fallbacks)
+    assert compile_layers(model, "max-autotune", fixed, probe_of(model), fallbacks)
     assert fallbacks.to_json() == [] and list(model.state_dict()) == keys
     assert quick_backend == [{"mode": "max-autotune", "fullgraph": True, "dynamic": False if fixed else None}] * 3
     assert all(layer._compiled_call_impl is not None for layer in model.layers)
@@ -138,7 +138,7 @@ def test_graph_break_is_tried_again_without_a_full_graph(quick_backend: list[dic
 
     for layer in model.layers:
         layer.forward = broken.__get__(layer)
-    compile_layers(model, "default", True, probe_of(model), fallbacks)
+    assert compile_layers(model, "default", True, probe_of(model), fallbacks)
     assert fallbacks.to_json() == []
     assert [asked["fullgraph"] for asked in quick_backend] == [True] * 3 + [False] * 3
     model(torch.ones(2, 4))
@@ -151,7 +151,7 @@ def test_what_cannot_be_compiled_stays_eager(quick_backend: list[dict[str, Any]]
     def probe() -> None:
         raise error
 
-    compile_layers(model, "default", True, probe, fallbacks)
+    assert not compile_layers(model, "default", True, probe, fallbacks)
     (fallback,) = fallbacks.to_json()
     assert fallback["used"] == "eager" and "\n" not in fallback["reason"]
     assert fallback["reason"] in str(error)
@@ -171,5 +171,5 @@ def test_out_of_memory_is_no_reason_to_go_on(quick_backend: list[dict[str, Any]]
 
 def test_model_without_layers_stays_eager() -> None:
     fallbacks = Fallbacks()
-    compile_layers(nn.Linear(2, 2), "default", True, lambda: None, fallbacks)
+    assert not compile_layers(nn.Linear(2, 2), "default", True, lambda: None, fallbacks)
     assert [f["reason"] for f in fallbacks.to_json()] == ["the model has no list of equal layers"]

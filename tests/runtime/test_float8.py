@@ -85,7 +85,7 @@ def test_a_cpu_computes_in_bf16_and_says_so(tmp_path: Path) -> None:
 def test_layers_that_are_not_compiled_keep_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torchao = FakeTorchao(monkeypatch)
     monkeypatch.setattr(truthgpt.build, "float8_obstacle", lambda device: None)
-    monkeypatch.setattr(truthgpt.build, "compile_layers", lambda *_: None)
+    monkeypatch.setattr(truthgpt.build, "compile_layers", lambda *_: True)
     monkeypatch.setattr(truthgpt.runtime.precision, "has_native_bf16", lambda device: True)
     taken = build(tmp_path, *FLOAT8, "training.torch_compile=false").fallbacks.to_json()
     assert [each["part"] for each in taken] == ["training.float8"] and "not compiled" in taken[0]["reason"]

@@ -8,6 +8,7 @@ again later; its text stays what it was, since its random numbers depend on noth
 from __future__ import annotations
 
 import logging
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,8 +89,8 @@ class Engine:
         self._next_id = 0
         self._cancelling = False
         self._chosen: ChosenTokens | None = None  # by the last pass, and not looked at yet
-        self._waiting: deque[TokenSequence] = deque()
-        self._running: list[TokenSequence] = []  # in the order they were admitted
+        self._waiting: deque[TokenSequence] = deque()  # both in the order they were asked for
+        self._running: list[TokenSequence] = []
 
     def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> int:
         """Ask for an answer; returns the id that its pieces carry.
@@ -215,7 +216,7 @@ class Engine:
         return work, twins
 
     def _admit(self, sequence: TokenSequence) -> None:
-        self._running.append(sequence)
+        insort(self._running, sequence, key=_id)
         sequence.running = True
 
     def _part(self, sequence: TokenSequence, budget: int) -> int:
@@ -250,7 +251,7 @@ class Engine:
 
     def _preempt(self, sequence: TokenSequence) -> None:
         self._dismiss(sequence)
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=_id)
 
     def _dismiss(self, sequence: TokenSequence) -> None:
         self._running.remove(sequence)
@@ -325,6 +326,10 @@ class Engine:
         """What has not been given out of an answer that ends."""
         text = "" if self._streams(sequence) else sequence.stream.push(sequence.tokens[sequence.prompt_tokens :])
         return text + sequence.stream.finish()
+
+
+def _id(sequence: TokenSequence) -> int:
+    return sequence.request_id
 
 
 def context_tokens(model: PreTrainedModel) -> int | None:

@@ -57,8 +57,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def compile_layers(
     model: nn.Module, mode: str, fixed_shapes: bool, probe: Callable[[], None], fallbacks: Fallbacks
-) -> None:
-    """Compile each decoder layer in place, so that no state key changes.
+) -> bool:
+    """Compile each decoder layer in place, so that no state key changes; whether that could be done.
 
     Args:
         mode: mode of torch.compile.
@@ -69,20 +69,21 @@ def compile_layers(
     layers = decoder_layers(model)
     if not layers:
         fallbacks.take("training.torch_compile", "compiled layers", "eager", "the model has no list of equal layers")
-        return
+        return False
     reason = ""
     for fullgraph in (True, False):
         for layer in layers:
             layer.compile(fullgraph=fullgraph, dynamic=False if fixed_shapes else None, mode=mode)
         try:
             probe()
-            return
+            return True
         except torch.OutOfMemoryError:
             raise
         except (TorchDynamoException, RuntimeError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             _make_eager(layers)
     fallbacks.take("training.torch_compile", "compiled layers", "eager", reason)
+    return False
 
 
 def _make_eager(layers: list[nn.Module]) -> None:
