@@ -11,7 +11,10 @@ from tests.inference.engine_runs import finished, opened
 from tests.inference.small_models import EOS, POSITIONS, TOKENIZER, greedy_by_hand, small_model
 
 from truthgpt.inference.engine import EngineLimits
+from truthgpt.inference.open_engine import EngineOptions, open_engine
 from truthgpt.inference.request import Sampling
+from truthgpt.kv_cache.paged import PagedKVCache
+from truthgpt.runtime.fallbacks import Fallbacks
 
 pytestmark = [pytest.mark.gpu, needs_compiler]
 KINDS = ("gpt2", "llama", "qwen3", "gemma3_text")
@@ -64,3 +67,27 @@ def test_sampled_answers_in_bf16_end_and_leave_nothing() -> None:
         ids = [engine.submit(TOKENIZER("def f")["input_ids"], s) for s in settings * 8]
         answers = finished(engine, ids)
         assert all(0 < len(answers[i].tokens) <= 9 and answers[i].finish for i in ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_reads_values_on_the_host_is_answered_without_graphs(dtype: torch.dtype) -> None:
+    torch.set_float32_matmul_precision("highest")
+    model = small_model("llama").cuda().to(dtype)
+    mlp = type(model.model.layers[0].mlp)
+
+    def reads(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        assert float(hidden.abs().max()) >= 0
+        return mlp.forward(self, hidden)  # type: ignore[no-any-return]
+
+    for layer in model.model.layers:
+        layer.mlp.forward = reads.__get__(layer.mlp)
+    asked, fallbacks = prompts(5), Fallbacks()
+    with open_engine(model, TOKENIZER, PagedKVCache(16), fallbacks, EngineOptions(2**28)) as engine:
+        ids = [engine.submit(p, Sampling(max_new_tokens=rooms(p), temperature=0.0)) for p in asked]
+        answers = finished(engine, ids)
+    (taken,) = fallbacks.to_json()
+    assert taken["used"].startswith("transformers' own cache") and "captured" in taken["reason"]
+    assert all(len(answers[i].tokens) > 0 for i in ids)
+    if dtype == torch.float32:
+        expected = [greedy_by_hand(model, list(prompt), rooms(prompt))[len(prompt) :] for prompt in asked]
+        assert [answers[i].tokens for i in ids] == expected

@@ -94,12 +94,13 @@ def _model(kind: str) -> PreTrainedModel:
 
 
 def counted_tokens(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
-    """Grows by (positions kept before, tokens run) of every sequence of every forward pass."""
+    """Grows by (positions kept before, tokens run) of every request of every forward pass."""
     passes: list[list[tuple[int, int]]] = []
     run = PagedRunner.run
 
     def noted(self: PagedRunner, work: Any) -> torch.Tensor:
-        passes.append([(sequence.computed, count) for sequence, count in work])
+        if all(isinstance(sequence, TokenSequence) for sequence, _ in work):  # not the probe's
+            passes.append([(sequence.computed, count) for sequence, count in work])
         return run(self, work)
 
     monkeypatch.setattr(PagedRunner, "run", noted)

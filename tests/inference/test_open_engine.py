@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ import truthgpt.inference.open_engine
 import truthgpt.inference.paged_runner
 from truthgpt.attention.paged import InOneRow, paged_attention
 from truthgpt.errors import ConfigError
+from truthgpt.inference.captured_pass import CaptureError
 from truthgpt.inference.engine import EngineLimits
 from truthgpt.inference.open_engine import EngineOptions, open_engine
+from truthgpt.inference.paged_runner import PagedRunner
 from truthgpt.inference.request import Sampling
 from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.runtime.fallbacks import Fallbacks
@@ -112,6 +115,25 @@ def test_models_that_cannot_use_it_keep_their_own(
     ):
         raise AssertionError("opened")
     assert model.config._attn_implementation == attention
+
+
+def test_a_pass_that_cannot_be_captured_is_seen_at_the_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe's last token runs as those of answers do, by a graph on a GPU."""
+    make, model, fallbacks = PagedRunner.__init__, made("llama", **LONG), Fallbacks()
+    expected = by_hand(model, PROMPTS)
+
+    def refuse(*arguments: Any) -> torch.Tensor:
+        raise CaptureError("it cannot be captured as a CUDA graph")
+
+    def with_graphs(self: PagedRunner, *arguments: Any, **keywords: Any) -> None:
+        make(self, *arguments, **keywords)
+        monkeypatch.setattr(self, "_graphs", SimpleNamespace(logits=refuse))
+
+    monkeypatch.setattr(PagedRunner, "__init__", with_graphs)
+    with open_engine(model, TOKENIZER, PagedKVCache(4), fallbacks) as engine:
+        assert answers(engine, PROMPTS, GREEDY) == expected
+    (taken,) = fallbacks.to_json()
+    assert "LlamaForCausalLM cannot run with it: it cannot be captured" in taken["reason"]
 
 
 def test_a_window_that_the_samples_do_not_reach_is_no_obstacle() -> None:

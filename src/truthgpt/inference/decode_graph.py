@@ -15,7 +15,7 @@ import torch
 
 from truthgpt.attention.paged import InBlocks, InOneRow, PagedStep
 from truthgpt.inference.captured_pass import CapturedPass, MemoryPool, capture
-from truthgpt.inference.token_sequence import TokenSequence
+from truthgpt.inference.token_sequence import KeptTokens
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 LEAST_BLOCKS = 8
@@ -44,7 +44,7 @@ class DecodeGraphs:
         self._tables = _Tables()
 
     def logits(
-        self, sequences: Sequence[TokenSequence], ahead: tuple[torch.Tensor, Sequence[int]] | None
+        self, sequences: Sequence[KeptTokens], ahead: tuple[torch.Tensor, Sequence[int]] | None
     ) -> torch.Tensor:
         """Logits `(B, V)` behind the next token of each, which has its place in the cache; valid until the next call.
 
@@ -90,7 +90,7 @@ class _Tables:
         self._rows: npt.NDArray[np.int64] = np.zeros((1, 1), dtype=np.int64)
         self._held: list[tuple[Any, int, int]] = []
 
-    def of(self, sequences: Sequence[TokenSequence]) -> npt.NDArray[np.int64]:
+    def of(self, sequences: Sequence[KeptTokens]) -> npt.NDArray[np.int64]:
         """`(B, M)`, valid until the next call; beyond a sequence's blocks stands anything."""
         widest = max(len(s.kept.blocks) for s in sequences)
         if len(sequences) > self._rows.shape[0] or widest > self._rows.shape[1]:

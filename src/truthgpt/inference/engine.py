@@ -110,7 +110,7 @@ class Engine:
                 f"which has {self._runner.positions}: ask for fewer new tokens, or give the cache more memory"
             )
         stream = TextStream(self._tokenizer, prompt_ids, sampling.stop)
-        sequence = TokenSequence(self._next_id, sampling, list(prompt_ids), len(prompt_ids), limit, stream)
+        sequence = TokenSequence(list(prompt_ids), self._next_id, sampling, len(prompt_ids), limit, stream)
         self._next_id += 1
         self._waiting.append(sequence)
         return sequence.request_id

@@ -16,6 +16,7 @@ from truthgpt.attention.probe import HALF_TOLERANCE, TOLERANCE
 from truthgpt.inference.captured_pass import CaptureError
 from truthgpt.inference.paged_runner import PagedRunner, paged_model
 from truthgpt.inference.runner import logits_to_keep
+from truthgpt.inference.token_sequence import KeptTokens
 from truthgpt.kv_cache.base import LayerShape
 from truthgpt.kv_cache.paged import KVPages
 
@@ -103,7 +104,7 @@ def paged_obstacle(model: PreTrainedModel, layers: AttentionLayers) -> str | Non
                 row, keep = torch.tensor([ids], device=model.device), logits_to_keep(model)(1)
                 wanted = model(input_ids=row, use_cache=False, **keep).logits[0, -1]
             with paged_model(model, layers.modules, cache):
-                found = _in_parts(PagedRunner(model, cache, layers.flash), cache, ids)
+                found = _in_parts(PagedRunner(model, cache, layers.flash), ids)
     except (TypeError, ValueError, CaptureError) as error:
         return f"{name} cannot run with it: {str(error).splitlines()[0]}"
     error_size = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
@@ -122,12 +123,13 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _in_parts(runner: PagedRunner, cache: KVPages, ids: list[int]) -> torch.Tensor:
-    """Logits behind the last of `ids`, which run in three passes."""
-    table = cache.pool.begin(ids)
-    cache.pool.reserve(table, len(ids))
+def _in_parts(runner: PagedRunner, ids: list[int]) -> torch.Tensor:
+    """Logits behind the last of `ids`, which run in three passes as an engine runs them: the last is a single token."""
+    sequence, half, most = KeptTokens(ids), len(ids) // 2, len(ids) - 1
+    runner.start(sequence)
     logits = torch.empty(0)
-    for begin, end in ((0, len(ids) // 2), (len(ids) // 2, len(ids) - 1), (len(ids) - 1, len(ids))):
-        if begin < end:
-            logits = runner.forward([ids[begin:end]], [begin], [tuple(table.blocks)])
+    for count in (half, most - half, 1):
+        if count:
+            runner.reserve(sequence, count)
+            logits = runner.run([(sequence, count)])
     return logits[0]

@@ -30,7 +30,7 @@ from truthgpt.attention.paged import (
 from truthgpt.inference.decode_graph import DecodeGraphs
 from truthgpt.inference.prompt_graph import PromptGraphs
 from truthgpt.inference.runner import Work, logits_to_keep
-from truthgpt.inference.token_sequence import TokenSequence
+from truthgpt.inference.token_sequence import KeptTokens
 from truthgpt.kv_cache.paged import KVPages
 from truthgpt.runtime.device import has_triton
 
@@ -77,12 +77,12 @@ class PagedRunner:
         """See `Runner`."""
         return self._cache.pool.block_size
 
-    def start(self, sequence: TokenSequence) -> None:
+    def start(self, sequence: KeptTokens) -> None:
         """See `Runner`: what another sequence with the same beginning has computed is shared."""
         sequence.kept = self._cache.pool.begin(sequence.tokens)
         sequence.computed = sequence.kept.length
 
-    def reserve(self, sequence: TokenSequence, tokens: int) -> None:
+    def reserve(self, sequence: KeptTokens, tokens: int) -> None:
         """See `Runner`."""
         table, pool = sequence.kept, self._cache.pool
         has_room = sequence.computed + tokens <= len(table.blocks) * pool.block_size
@@ -91,12 +91,12 @@ class PagedRunner:
         self._commit(sequence)
         self._cache.copy(pool.reserve(table, tokens))
 
-    def fork(self, sequence: TokenSequence, twin: TokenSequence) -> None:
+    def fork(self, sequence: KeptTokens, twin: KeptTokens) -> None:
         """See `Runner`: who writes first into a block that is not full gets a copy of it."""
         self._commit(sequence)
         twin.kept, twin.computed = self._cache.pool.fork(sequence.kept), sequence.computed
 
-    def release(self, sequence: TokenSequence) -> None:
+    def release(self, sequence: KeptTokens) -> None:
         """See `Runner`."""
         sequence.computed = min(sequence.computed, len(sequence.tokens))  # one may have run ahead
         self._commit(sequence)
@@ -116,7 +116,7 @@ class PagedRunner:
             self._commit(sequence)
         return logits
 
-    def _commit(self, sequence: TokenSequence) -> None:
+    def _commit(self, sequence: KeptTokens) -> None:
         """What was computed can be shared from now on; single tokens are told when they fill a block."""
         table = sequence.kept
         if table.length < sequence.computed:
@@ -128,7 +128,7 @@ class PagedRunner:
         return self._graphs is not None
 
     @torch.no_grad()
-    def run_ahead(self, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    def run_ahead(self, sequences: Sequence[KeptTokens], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """See `Runner`."""
         assert self._graphs is not None
         return self._run_graph(self._graphs, sequences, (tokens, rows))
@@ -136,7 +136,7 @@ class PagedRunner:
     def _run_graph(
         self,
         graphs: DecodeGraphs,
-        sequences: Sequence[TokenSequence],
+        sequences: Sequence[KeptTokens],
         ahead: tuple[torch.Tensor, Sequence[int]] | None = None,
     ) -> torch.Tensor:
         logits = graphs.logits(sequences, ahead)

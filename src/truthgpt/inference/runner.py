@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from truthgpt.inference.token_sequence import TokenSequence
+from truthgpt.inference.token_sequence import KeptTokens
 
-Work = Sequence[tuple[TokenSequence, int]]
+Work = Sequence[tuple[KeptTokens, int]]
 """Sequences, and how many of its next tokens each runs through the model."""
 
 _CACHES = ("past_key_values", "cache_params")
@@ -26,11 +26,11 @@ class Runner(Protocol):
         """Whether `run_ahead` can be used: the device works on its own while the host does something else."""
         ...
 
-    def start(self, sequence: TokenSequence) -> None:
+    def start(self, sequence: KeptTokens) -> None:
         """Begin to keep `sequence`; `computed` says how much of it is kept already."""
         ...
 
-    def reserve(self, sequence: TokenSequence, tokens: int) -> None:
+    def reserve(self, sequence: KeptTokens, tokens: int) -> None:
         """Make room for its next `tokens`. Raises `kv_cache.blocks.OutOfBlocks`, and changes nothing then."""
         ...
 
@@ -38,15 +38,15 @@ class Runner(Protocol):
         """Logits `(B, V)` behind the last token that each sequence runs; `computed` grows."""
         ...
 
-    def run_ahead(self, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    def run_ahead(self, sequences: Sequence[KeptTokens], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """`run` for one token each, which is on the device only: that of sequence i is `tokens[rows[i]]`."""
         ...
 
-    def fork(self, sequence: TokenSequence, twin: TokenSequence) -> None:
+    def fork(self, sequence: KeptTokens, twin: KeptTokens) -> None:
         """Begin to keep `twin`, which has the same tokens as `sequence`, with all that is kept of that one."""
         ...
 
-    def release(self, sequence: TokenSequence) -> None:
+    def release(self, sequence: KeptTokens) -> None:
         """Keep nothing of it any more."""
         ...
 
@@ -90,11 +90,11 @@ class OneByOneRunner:
         self._cache = _cache_name(model) if use_cache else None
         self._logits_to_keep = logits_to_keep(model)
 
-    def start(self, sequence: TokenSequence) -> None:
+    def start(self, sequence: KeptTokens) -> None:
         """See `Runner`."""
         sequence.computed, sequence.kept = 0, None
 
-    def reserve(self, sequence: TokenSequence, tokens: int) -> None:
+    def reserve(self, sequence: KeptTokens, tokens: int) -> None:
         """See `Runner`: there is always room."""
 
     @torch.no_grad()
@@ -113,15 +113,15 @@ class OneByOneRunner:
             rows.append(output.logits[0, -1])
         return torch.stack(rows)
 
-    def run_ahead(self, sequences: Sequence[TokenSequence], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    def run_ahead(self, sequences: Sequence[KeptTokens], tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """See `Runner`: never."""
         raise NotImplementedError
 
-    def fork(self, sequence: TokenSequence, twin: TokenSequence) -> None:
+    def fork(self, sequence: KeptTokens, twin: KeptTokens) -> None:
         """See `Runner`: never."""
         raise NotImplementedError
 
-    def release(self, sequence: TokenSequence) -> None:
+    def release(self, sequence: KeptTokens) -> None:
         """See `Runner`."""
         sequence.kept = None
 
