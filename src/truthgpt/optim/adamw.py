@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+
+from truthgpt.optim.adamw_step import Slot, Step
 
 if TYPE_CHECKING:
     from truthgpt.optim.adamw_kernel import Tables
@@ -158,36 +159,6 @@ def float32_copy(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
     state = optimizer.state.get(parameter, {})
     copy: Tensor = state.get("master", parameter)
     return copy
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A parameter with its gradient and state; `place` counts the optimizer's weights before it."""
-
-    parameter: Tensor
-    gradient: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    master: Tensor | None
-    step: Tensor
-    place: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """The numbers of one update. `corrections`: 1 - beta1^t and the root of 1 - beta2^t, float32 `(2,)`; `skip` and
-    `scale` 0-d, on the device like them."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    corrections: Tensor
-    skip: Tensor
-    scale: Tensor
-    stochastic: bool
-    noise_seed: int
 
 
 def _update_one(slot: Slot, step: Step) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from truthgpt.optim.adamw import Slot, Step
+from truthgpt.optim.adamw_step import Slot, Step
 
 BLOCK = 1024
 WARPS = 4

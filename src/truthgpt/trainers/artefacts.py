@@ -89,6 +89,7 @@ class Artefacts(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
 class ModelArtefacts:
     """Writes a whole model, which transformers and vLLM load.
 
@@ -97,34 +98,27 @@ class ModelArtefacts:
         safetensors: weights as safetensors, else as `pytorch_model.bin`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        model: PreTrainedModel,
-        processor: Processor,
-        card: ModelCard,
-        safetensors: bool,
-    ) -> None:
-        self._folder = folder
-        self._model = model
-        self._processor = processor
-        self._card = card
-        self._safetensors = safetensors
+    folder: Path
+    model: PreTrainedModel
+    processor: Processor
+    card: ModelCard
+    safetensors: bool
 
     def save_description(self) -> None:
         """Configuration, generation configuration and tokenizer or image processor."""
-        _save_description(self._model, self._folder)
-        self._processor.save_pretrained(self._folder)
+        _save_description(self.model, self.folder)
+        self.processor.save_pretrained(self.folder)
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """See `Artefacts`."""
-        _save_model(self._model, self._folder, self._model.state_dict(), self._safetensors)
-        model_class, processor_class = _TEXT_CLASSES if self._model.can_generate() else _IMAGE_CLASSES
-        what = f"A {self._model.config.model_type} model with {self._model.num_parameters():,} parameters"
+        _save_model(self.model, self.folder, self.model.state_dict(), self.safetensors)
+        model_class, processor_class = _TEXT_CLASSES if self.model.can_generate() else _IMAGE_CLASSES
+        what = f"A {self.model.config.model_type} model with {self.model.num_parameters():,} parameters"
         usage = _USAGE.format(model_class=model_class, processor_class=processor_class)
-        write_atomic(self._folder / "README.md", self._card.text(state, "transformers", what, usage))
+        write_atomic(self.folder / "README.md", self.card.text(state, "transformers", what, usage))
 
 
+@dataclass(frozen=True, eq=False)
 class AdapterArtefacts:
     """Writes the adapters of a model in peft's format, for `PeftModel.from_pretrained`.
 
@@ -135,44 +129,39 @@ class AdapterArtefacts:
         safetensors: weights as safetensors, else as peft's and transformers' `.bin` files.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        model: PreTrainedModel,
-        processor: Processor,
-        card: ModelCard,
-        safetensors: bool,
-    ) -> None:
-        self._folder = folder
-        self._model = model
-        self._processor = processor
-        self._card = card
-        self._safetensors = safetensors
-        self._own_base = folder / BASE_FOLDER if base_name(model) is None else None
+    folder: Path
+    model: PreTrainedModel
+    processor: Processor
+    card: ModelCard
+    safetensors: bool
 
     def save_description(self) -> None:
         """The base's configuration, the adapters' one, generation configuration and tokenizer."""
-        _save_description(self._model, self._folder)
-        save_adapter_config(self._model, self._folder, self._base())
-        self._processor.save_pretrained(self._folder)
+        _save_description(self.model, self.folder)
+        save_adapter_config(self.model, self.folder, self._base())
+        self.processor.save_pretrained(self.folder)
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """See `Artefacts`."""
         if self._own_base is not None:
             self._own_base.mkdir(exist_ok=True)
-            _save_model(self._model, self._own_base, base_state(self._model), self._safetensors)
-        save_adapters(self._model, self._folder, self._safetensors)
+            _save_model(self.model, self._own_base, base_state(self.model), self.safetensors)
+        save_adapters(self.model, self.folder, self.safetensors)
         model_class, processor_class = _TEXT_CLASSES
-        parameters = sum(weight.numel() for weight in adapter_weights(self._model).values())
-        method, kind = method_name(self._model), self._model.config.model_type
+        parameters = sum(weight.numel() for weight in adapter_weights(self.model).values())
+        method, kind = method_name(self.model), self.model.config.model_type
         what = f"Low-rank adapters ({method}) of {parameters:,} parameters for a {kind} model"
         base = BASE_FOLDER if self._own_base is not None else self._base()
         names = {"model_class": model_class, "processor_class": processor_class, "base": base}
-        usage = _ADAPTER_USAGE.format(**names, resize=_RESIZE if has_added_tokens(self._model) else "")
-        write_atomic(self._folder / "README.md", self._card.text(state, "peft", what, usage))
+        usage = _ADAPTER_USAGE.format(**names, resize=_RESIZE if has_added_tokens(self.model) else "")
+        write_atomic(self.folder / "README.md", self.card.text(state, "peft", what, usage))
+
+    @property
+    def _own_base(self) -> Path | None:
+        return self.folder / BASE_FOLDER if base_name(self.model) is None else None
 
     def _base(self) -> str:
-        return str(base_name(self._model) if self._own_base is None else self._own_base.absolute())
+        return str(base_name(self.model) if self._own_base is None else self._own_base.absolute())
 
 
 def _save_description(model: PreTrainedModel, folder: Path) -> None:
