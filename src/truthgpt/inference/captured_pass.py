@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -59,18 +60,33 @@ def capture(
     """
     inputs = torch.from_numpy(values).to(device)
     staging = cycle([(torch.from_numpy(values).pin_memory(), torch.cuda.Event()) for _ in range(2)])  # type: ignore[no-untyped-call]
+    current = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             run(inputs)
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        # Not "global", the default: a loader's thread, which pins batches while a run writes samples, would break it.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = run(inputs)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise CaptureError(f"it cannot be captured as a CUDA graph: {str(error).splitlines()[0]}") from error
+        _undo(current, pool)
+        cause = str(error.__context__ or error).splitlines()[0]  # that of the pass, not of the end that failed after it
+        raise CaptureError(f"it cannot be captured as a CUDA graph: {cause}") from error
     return CapturedPass(graph, inputs, staging, logits)
+
+
+def _undo(stream: torch.cuda.Stream, pool: MemoryPool) -> None:
+    """Leave a capture that failed, after which torch would stay on its stream, take memory for it and refuse to draw
+    random numbers."""
+    torch.cuda.set_stream(stream)
+    index = stream.device.index
+    with suppress(RuntimeError):  # it ended before it failed
+        torch._C._cuda_endAllocateToPool(index, pool)
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
