@@ -76,7 +76,7 @@ def capture(
         raise
     except RuntimeError as error:
         _undo(current, pool)
-        cause = str(error.__context__ or error).splitlines()[0]  # that of the pass, not of the end that failed after it
+        cause = str(error.__context__ or error).partition("\n")[0]  # the pass, not its end that failed too
         raise CaptureError(f"it cannot be captured as a CUDA graph: {cause}") from error
     return CapturedPass(graph, inputs, staging, logits)
 
