@@ -18,12 +18,12 @@ import truthgpt.inference.open_engine
 import truthgpt.inference.paged_runner
 from truthgpt.attention.paged import InOneRow, paged_attention
 from truthgpt.errors import ConfigError
-from truthgpt.inference.captured_pass import CaptureError
 from truthgpt.inference.engine import EngineLimits
 from truthgpt.inference.open_engine import EngineOptions, open_engine
 from truthgpt.inference.paged_runner import PagedRunner
 from truthgpt.inference.request import Sampling
 from truthgpt.kv_cache.paged import PagedKVCache
+from truthgpt.runtime.cuda_graph import CaptureError
 from truthgpt.runtime.fallbacks import Fallbacks
 
 torch.set_num_threads(1)

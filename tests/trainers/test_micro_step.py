@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from truthgpt.data.base import Batch
+from truthgpt.errors import ConfigError
+from truthgpt.runtime.cuda_graph import CaptureError
 from truthgpt.trainers import micro_step
 from truthgpt.trainers.micro_step import EAGER_CALLS, EagerMicroStep, GraphedMicroStep
 
@@ -118,3 +121,15 @@ def test_gradients_of_another_run_are_never_added_to(recorded: list[Recorded]) -
     eager(batch(4, 8), 1, first=False)
     assert all(torch.allclose(a, p.grad) for a, p in zip(found, computer.parameters, strict=True))
     assert len(recorded) == 1
+
+
+def test_what_cannot_be_recorded_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def refuse(*arguments: object) -> Iterator[None]:
+        raise CaptureError("it cannot be recorded")
+        yield
+
+    monkeypatch.setattr(micro_step, "recording", refuse)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    with pytest.raises(ConfigError, match=r"training.compile_mode: .* it cannot be recorded \(set it to default"):
+        micro_step._Graph(lambda: torch.zeros(()), pool=(0, 1))

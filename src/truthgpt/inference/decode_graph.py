@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 
 from truthgpt.attention.paged import InBlocks, InOneRow, PagedStep
-from truthgpt.inference.captured_pass import CapturedPass, MemoryPool, capture
+from truthgpt.inference.captured_pass import CapturedPass, capture
 from truthgpt.inference.token_sequence import KeptTokens
+from truthgpt.runtime.cuda_graph import MemoryPool
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 LEAST_BLOCKS = 8

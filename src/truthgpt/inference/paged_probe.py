@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from truthgpt.attention.install import install_attention, transformers_attention_in
 from truthgpt.attention.paged import flash_serves
 from truthgpt.attention.probe import HALF_TOLERANCE, TOLERANCE
-from truthgpt.inference.captured_pass import CaptureError
 from truthgpt.inference.paged_runner import PagedRunner, paged_model
 from truthgpt.inference.runner import logits_to_keep
 from truthgpt.inference.token_sequence import KeptTokens
 from truthgpt.kv_cache.base import LayerShape
 from truthgpt.kv_cache.paged import KVPages
+from truthgpt.runtime.cuda_graph import CaptureError
 
 PROBE_TOKENS, PROBE_BLOCK = 40, 4
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from truthgpt.attention.paged import InOneRow, PagedStep, Ragged
-from truthgpt.inference.captured_pass import CapturedPass, MemoryPool, capture
+from truthgpt.inference.captured_pass import CapturedPass, capture
+from truthgpt.runtime.cuda_graph import MemoryPool
 
 TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 """Of a row; from there on the device is busy for longer than the host."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from truthgpt.data.base import Batch
+from truthgpt.errors import ConfigError, Problem
+from truthgpt.runtime.cuda_graph import CaptureError, MemoryPool, recording
 
 Backward = Callable[[Batch, "int | torch.Tensor"], torch.Tensor]
 """`(micro-batch on the device, supervised tokens of the global batch) -> loss sum (0-d)`; adds to the gradients."""
@@ -133,14 +135,23 @@ class GraphedMicroStep:
 
 
 class _Graph:
-    """A recorded computation and the loss it leaves."""
+    """A recorded computation and the loss it leaves.
 
-    def __init__(self, compute: Callable[[], torch.Tensor], pool: Any) -> None:
+    Raises:
+        ConfigError: it cannot be recorded.
+    """
+
+    def __init__(self, compute: Callable[[], torch.Tensor], pool: MemoryPool | None) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # Not "global", the default: the loader's thread, which pins batches, would break the recording.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._loss = compute()
-        self.pool = self._graph.pool()
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        try:
+            with recording(self._graph, self.pool):
+                self._loss = compute()
+        except CaptureError as error:
+            message = f"reduce-overhead replays forward and backward, and {error}"
+            hint = "set it to default; the last checkpoint is untouched"
+            problem = Problem(key="training.compile_mode", message=message, suggestion=hint)
+            raise ConfigError([problem]) from error
 
     def replay(self) -> torch.Tensor:
         """Compute, on the inputs as they are now."""
