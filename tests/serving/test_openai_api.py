@@ -301,6 +301,8 @@ BODIES = [
     (b'{"prompt": "\\ud800"}', "the body is not JSON"),
     (b'{"prompt": "\\uD800", "x": 1}', "the body is not JSON"),
     (b'{"prompt": "a", "\\udc00": 1}', "the body is not JSON"),
+    (b'{"prompt": "\xed\xa0\x80"}', "the body is not JSON"),
+    ('{"prompt": "\\ud800"}'.encode("utf-16"), "the body is not JSON"),
 ]
 
 

@@ -171,7 +171,8 @@ def parse_request(kind: type[Parsed], body: bytes) -> Parsed:
         ApiError: 400 with the field that is wrong, unknown, or not supported.
     """
     try:
-        document = json.loads(body)
+        # Decoded here: json.loads lets bytes pass that stand for half of a surrogate pair, and UTF-16.
+        document = json.loads(body.decode("utf-8-sig"))
         if b"\\ud" in body.lower():
             json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no text: a ValueError
     except (ValueError, RecursionError) as error:
