@@ -391,6 +391,21 @@ def test_health_and_metrics() -> None:
             assert line in lines
 
 
+@pytest.mark.parametrize(
+    ("end", "stop", "stop_ids"), [("{{ eos_token }}", (), {256}), ("</{{ m.role }}>", ("</assistant>",), set())]
+)
+def test_a_chat_answer_ends_where_the_template_ends_it(end: str, stop: tuple[str, ...], stop_ids: set[int]) -> None:
+    """As in `truthgpt chat`; a completion knows of no template."""
+    template = f"{{% for m in messages %}}{{{{ m.content }}}}{end}{{% endfor %}}"
+    with serving(template=template) as server:
+        chat: list[Any] = [{"role": "user", "content": "Hi"}]
+        server.client.chat.completions.create(model="fake", messages=chat, n=2, max_tokens=2, stop="#")
+        for _, sampling in server.engine.submitted:
+            assert (sampling.stop, sampling.stop_ids) == (("#", *stop), stop_ids)
+        server.client.completions.create(model="fake", prompt="Hi", stop="#")
+        assert (server.engine.submitted[-1][1].stop, server.engine.submitted[-1][1].stop_ids) == (("#",), set())
+
+
 def test_a_model_without_a_known_limit() -> None:
     with serving(FakeEngine(context_tokens=None)) as server:
         server.client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hi"}])

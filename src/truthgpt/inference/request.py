@@ -24,6 +24,7 @@ class Sampling:
             where negative (Keskar 2019); 1: none.
         seed: seed of the request's own random numbers: token n depends on it, n and the logits alone.
         stop: texts that end the answer; they are not part of it.
+        stop_ids: special tokens that end the answer, besides those that end every text of the model.
 
     Raises:
         ConfigError: a value out of range.
@@ -36,6 +37,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         for name, allowed, found in (

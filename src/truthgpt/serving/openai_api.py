@@ -206,7 +206,10 @@ class _Api:
             # Of every prompt the first choice has the seed itself: it is the answer to a request for it alone.
             seed = secrets.randbits(63) if fields.seed is None else fields.seed
             seeds = [seed, *(derive_seed(seed, "choice", number) for number in range(1, fields.n or 1))]
-            requests += [TextRequest(prompt, _sampling(fields, limit, own)) for own in seeds]
+            samplings = [_sampling(fields, limit, own) for own in seeds]
+            if isinstance(fields, ChatRequest):
+                samplings = [self.encoder.turn_end.ending(sampling) for sampling in samplings]
+            requests += [TextRequest(prompt, sampling) for sampling in samplings]
         stream = self._thread.stream(requests)
         try:
             await stream.accepted()
