@@ -133,6 +133,18 @@ def test_prompts_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> No
     assert _prompts(None, Path("-")) == ["one", "two"]
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_is_utf_8_in_every_locale(monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    """In the locale C, Python's own takes any bytes."""
+    for raw, prompts in (("\ufeffé\n".encode(), ["é"]), (b"a\n\xff\n", None)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii", errors=errors))
+        if prompts is None:
+            with pytest.raises(DataError, match=r"--prompts: - cannot be read: 'utf-8.*' codec can't decode"):
+                _prompts(None, Path("-"))
+        else:
+            assert _prompts(None, Path("-")) == prompts
+
+
 def test_sampling_is_what_was_asked_for(cli: Cli) -> None:
     def written(*arguments: str) -> list[list[int]]:
         finished = cli("generate", "m", *asked("def f(", "the "), "--max-new-tokens", "8", "--json", *arguments)

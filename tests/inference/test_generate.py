@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from truthgpt.attention.install import install_attention
 from truthgpt.errors import ConfigError
+from truthgpt.inference.conversation import Conversation
 from truthgpt.inference.engine import Engine
 from truthgpt.inference.generate import Generation, encode_prompt, generate_texts
 from truthgpt.inference.open_engine import EngineOptions, open_engine
@@ -303,6 +304,18 @@ def test_a_long_prompt_keeps_its_end() -> None:
     kept = TOKENIZER(long)["input_ids"][-(POSITIONS + 1 - 12) :]
     expected = greedy_by_hand(model, kept, 12)[len(kept) :]
     assert write(model, [long])[0].token_ids == expected
+
+
+@pytest.mark.parametrize("prompt", ["before \udcff", "\ud800"])
+def test_what_is_no_text_is_refused(prompt: str) -> None:
+    refused = r"the prompt is no text at '(before )?\\u\w{4}': bytes that are not UTF-8"
+    for template in (None, "{{ messages[0].content }}"):
+        conversation = Conversation(byte_tokenizer(chat_template=template), None)
+        conversation.say("user", prompt)
+        with pytest.raises(ConfigError, match=refused):
+            conversation.prompt(1)
+    with pytest.raises(ConfigError, match=refused):
+        encode_prompt(TOKENIZER, prompt)
 
 
 def test_an_empty_prompt_starts_from_bos_or_eos() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from truthgpt.cli.output import say
+from truthgpt.cli.output import say, standard_input
 from truthgpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _typed() -> Iterator[str]:
 
 def _piped() -> Iterator[str]:
     try:
-        yield from sys.stdin
+        yield from standard_input()
     except UnicodeDecodeError as error:
         raise DataError(f"standard input: byte {error.start} is not UTF-8") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from truthgpt.cli.output import emit_json, say
+from truthgpt.cli.output import emit_json, say, standard_input
 from truthgpt.cli.sizes import parse_size
 from truthgpt.errors import ConfigError, DataError, NonFiniteError, RunDirectoryError
 from truthgpt.runtime.atomic_file import commit_file, temporary_beside
@@ -114,7 +113,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     assert file is not None
     try:
         # Not splitlines: a text may hold other characters that Unicode counts as ends of lines.
-        lines = (sys.stdin if str(file) == "-" else file.open(encoding="utf-8-sig")).read().split("\n")
+        lines = (standard_input() if str(file) == "-" else file.open(encoding="utf-8-sig")).read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts: {file} cannot be read: {error}") from error
     if file.suffix == ".jsonl":

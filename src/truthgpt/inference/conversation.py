@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from truthgpt.data.chat import EXPRESSION_ERRORS
 from truthgpt.errors import ConfigError
-from truthgpt.inference.generate import encode_prompt
+from truthgpt.inference.generate import encode_prompt, require_text
 from truthgpt.inference.request import Piece, Sampling
 from truthgpt.inference.turn_end import turn_end
 
@@ -135,6 +135,7 @@ class Conversation:
             return encode_prompt(self._tokenizer, _plain_text(messages))
         # The template has written the special tokens already.
         text = self._render(messages)
+        require_text(text)
         ids = [int(index) for index in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
         if not ids:
             raise ConfigError("the model's chat template makes no text of the conversation")
