@@ -381,6 +381,8 @@ def test_a_compiled_model_is_not_recompiled_for_decoding(cache: str) -> None:
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty"),
+        ({"repetition_penalty": 1e40}, "repetition_penalty"),
         ({"stop": ("",)}, "stop"),
     ],
 )

@@ -239,6 +239,8 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "a", "temperature": True}, "temperature", "temperature: input should be a valid number"),
     ({"prompt": "a", "top_p": 0}, "top_p", "top_p: input should be greater than 0, found 0"),
     ({"prompt": "a", "top_p": 1.5}, "top_p", "top_p: input should be less than or equal to 1"),
+    ({"prompt": "a", "repetition_penalty": 1e-40}, "repetition_penalty", "repetition_penalty: input should be greater"),
+    ({"prompt": "a", "repetition_penalty": 1e40}, "repetition_penalty", "repetition_penalty: input should be less"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens: input should be greater than or equal to 1"),
     ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "max_tokens: input should be a valid integer"),
     ({"prompt": "a", "n": 0}, "n", "n: input should be greater than or equal to 1"),
