@@ -198,6 +198,20 @@ def test_the_end_of_the_command_waits_for_answers(cli: Cli) -> None:
     assert len(results[0].json()["choices"][0]["text"]) == 60
 
 
+def test_the_end_of_the_command_waits_for_no_request_that_is_still_being_sent(cli: Cli) -> None:
+    served = Served(cli)
+    address = served.url.removeprefix("http://")
+    host, _, port = address.rpartition(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\nContent-Length: 99"
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(f'{head}\r\nExpect: 100-continue\r\n\r\n{{"prompt"'.encode())
+        assert client.recv(1000).startswith(b"HTTP/1.1 100"), "it waits for the body"
+        os.kill(served.running.pid, signal.SIGTERM)
+        finished = served.running.wait(8)
+        assert client.recv(1000).startswith(b"HTTP/1.1 503")
+    assert finished.exit_code == 0 and "Traceback" not in finished.stderr, finished.stderr
+
+
 def test_a_second_ctrl_c_waits_for_nobody(cli: Cli) -> None:
     served = Served(cli)
     body = {"prompt": "x", "max_tokens": 100_000, "stream": True}
