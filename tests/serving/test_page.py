@@ -211,7 +211,7 @@ def test_the_controls_are_what_is_sent(open_page: Open) -> None:
         "repetition_penalty": 1.0,
         "max_new_tokens": 200 + 1 - len(engine.submitted[-1][0]),
     }
-    assert {**last_sampling(engine), "seed": 0} == {**defaults, "seed": 0, "stop": ()}
+    assert {**last_sampling(engine), "seed": 0} == {**defaults, **ends, "seed": 0}
 
 
 @pytest.mark.parametrize(
