@@ -14,7 +14,7 @@ from tests.inference.engine_runs import reference
 from tests.inference.small_models import TOKENIZER, small_model
 from tests.process import Cli, Finished
 
-from truthgpt.cli.generate import _lines, _prompts
+from truthgpt.cli.generate import _give_out, _lines, _prompts
 from truthgpt.errors import DataError, RunDirectoryError
 
 PROMPTS = ["def f(", "the ", "the king", "x = 1"]
@@ -131,6 +131,16 @@ def test_a_line_ends_where_a_line_of_text_does(tmp_path: Path) -> None:
 def test_prompts_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
     assert _prompts(None, Path("-")) == ["one", "two"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_is_sent_nothing_that_it_would_obey(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", written)
+    _give_out({"prompt": "a\n", "text": "\tb\x1b]52;c;eA==\x07\x9b1m é"}, None, "", json_output=False)
+    shown = "\tb\ufffd]52;c;eA==\ufffd\ufffd1m é" if terminal else "\tb\x1b]52;c;eA==\x07\x9b1m é"
+    assert written.getvalue() == f"a\n{shown}\n\n"
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])

@@ -13,7 +13,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from truthgpt.cli.output import emit_json, say, standard_input
+from truthgpt.cli.output import emit_json, for_terminal, say, standard_input
 from truthgpt.cli.sizes import parse_size
 from truthgpt.errors import ConfigError, DataError, NonFiniteError, RunDirectoryError
 from truthgpt.runtime.atomic_file import commit_file, temporary_beside
@@ -102,7 +102,7 @@ def _give_out(generation: dict[str, Any], file: IO[str] | None, progress: str, j
     if json_output or file is not None:
         say(progress)
     else:
-        typer.echo(f"{generation['prompt']}{generation['text']}\n")
+        typer.echo(for_terminal(f"{generation['prompt']}{generation['text']}\n"))
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

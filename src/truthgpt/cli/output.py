@@ -11,6 +11,14 @@ from typing import Any, TextIO
 
 import typer
 
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def for_terminal(text: str) -> str:
+    """What a model wrote, for stdout: a terminal is not sent the characters that it would obey; a file or a pipe gets
+    the text as it is."""
+    return text.translate(_CONTROL) if sys.stdout.isatty() else text
+
 
 def emit_json(document: Any) -> None:
     """Print `document` as the one JSON document on stdout; NaN and infinity, which JSON lacks, become null."""
