@@ -119,6 +119,15 @@ def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    (tmp_path / "answers").symlink_to("/dev/full")
+    full = pytest.raises(RunDirectoryError, match=r"--out: \S+answers cannot be written: No space left on device")
+    with full, _lines(tmp_path / "answers", overwrite=False) as file:
+        assert file is not None
+        file.write("line\n")
+
+
 def test_a_line_ends_where_a_line_of_text_does(tmp_path: Path) -> None:
     """Not at the other characters that Unicode counts as ends of lines; and a mark of the byte order is none of it."""
     odd = "a\u2028b\u0085c\x0cd"

@@ -158,15 +158,13 @@ def _lines(out: Path | None, overwrite: bool) -> Iterator[IO[str] | None]:
     replaced = out.resolve() if _is_occupied(out) else None
     written = out if replaced is None else temporary_beside(replaced)
     try:
-        file = written.open("w", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise RunDirectoryError(f"--out: {out} cannot be written: {error.strerror}") from error
-    try:
-        with file:
+        with written.open("w", encoding="utf-8", buffering=1) as file:
             yield file
         if replaced is not None:
             shutil.copymode(replaced, written)
             commit_file(written, replaced)
+    except OSError as error:  # at the beginning, or when the disk is full
+        raise RunDirectoryError(f"--out: {out} cannot be written: {error.strerror}") from error
     finally:
         if replaced is not None:
             written.unlink(missing_ok=True)
