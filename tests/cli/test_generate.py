@@ -14,7 +14,7 @@ from tests.inference.engine_runs import reference
 from tests.inference.small_models import TOKENIZER, small_model
 from tests.process import Cli, Finished
 
-from truthgpt.cli.generate import _lines, _prompts
+from truthgpt.cli.generate import _give_out, _lines, _prompts
 from truthgpt.errors import DataError, RunDirectoryError
 
 PROMPTS = ["def f(", "the ", "the king", "x = 1"]
@@ -119,6 +119,15 @@ def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    (tmp_path / "answers").symlink_to("/dev/full")
+    full = pytest.raises(RunDirectoryError, match=r"--out: \S+answers cannot be written: No space left on device")
+    with full, _lines(tmp_path / "answers", overwrite=False) as file:
+        assert file is not None
+        file.write("line\n")
+
+
 def test_a_line_ends_where_a_line_of_text_does(tmp_path: Path) -> None:
     """Not at the other characters that Unicode counts as ends of lines; and a mark of the byte order is none of it."""
     odd = "a\u2028b\u0085c\x0cd"
@@ -131,6 +140,28 @@ def test_a_line_ends_where_a_line_of_text_does(tmp_path: Path) -> None:
 def test_prompts_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
     assert _prompts(None, Path("-")) == ["one", "two"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_is_sent_nothing_that_it_would_obey(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", written)
+    _give_out({"prompt": "a\n", "text": "\tb\x1b]52;c;eA==\x07\x9b1m é"}, None, "", json_output=False)
+    shown = "\tb\ufffd]52;c;eA==\ufffd\ufffd1m é" if terminal else "\tb\x1b]52;c;eA==\x07\x9b1m é"
+    assert written.getvalue() == f"a\n{shown}\n\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_is_utf_8_in_every_locale(monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    """In the locale C, Python's own takes any bytes."""
+    for raw, prompts in (("\ufeffé\n".encode(), ["é"]), (b"a\n\xff\n", None)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii", errors=errors))
+        if prompts is None:
+            with pytest.raises(DataError, match=r"--prompts: - cannot be read: 'utf-8.*' codec can't decode"):
+                _prompts(None, Path("-"))
+        else:
+            assert _prompts(None, Path("-")) == prompts
 
 
 def test_sampling_is_what_was_asked_for(cli: Cli) -> None:

@@ -67,7 +67,7 @@ class ScriptedEngine:
             return [Piece(request, (), "", "cancelled")]
         token = self._left.pop(0)
         finish: FinishReason | None = None if self._left else "length"
-        if token == self._tokenizer.eos_token_id:
+        if token == self._tokenizer.eos_token_id or token in self.asked[-1][1].stop_ids:
             finish = "stop"
         if finish is not None:
             self._left = None

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from truthgpt.errors import ConfigError
 from truthgpt.inference.conversation import Conversation, Prompt
 from truthgpt.inference.request import Piece, Sampling
+from truthgpt.inference.turn_end import TurnEnd, turn_end
 from truthgpt.models.tokenizer import byte_tokenizer
 
 CHATML = (
@@ -84,13 +85,13 @@ def test_the_oldest_questions_are_left_out(context: int, wanted: int, template: 
 def test_answer_ends_where_the_template_ends_it() -> None:
     made = tokenizer(CHATML)
     conversation = Conversation(made, None)
-    assert conversation.stop_ids == {258} and conversation.stop_text == ""
+    assert conversation.turn_end == TurnEnd(ids=frozenset({258}))
     talk(conversation, "hi")
     engine = ScriptedEngine(made, ["hello<|im_end|>\n<|im_start|>user\nmore"])
     written = pieces(conversation, engine, conversation.prompt(50))
     assert "".join(piece.text for piece in written) == "hello"
     assert written[-1].finish == "stop" and written[-1].token_ids == (258,)
-    assert engine.cancelled == [0] and not engine.has_work
+    assert engine.cancelled == [] and not engine.has_work
 
 
 @pytest.mark.parametrize(
@@ -99,11 +100,18 @@ def test_answer_ends_where_the_template_ends_it() -> None:
 )
 def test_what_follows_an_answer_is_a_stop_text(template: str, special: bool, text: str) -> None:
     conversation = Conversation(tokenizer(template, special), None)
-    assert conversation.stop_text == text
+    assert conversation.turn_end.text == text
     talk(conversation, "hi")
     engine = ScriptedEngine(byte_tokenizer(), ["x"])
     pieces(conversation, engine, conversation.prompt(50))
     assert engine.asked[0][1].stop == ((text,) if text else ())
+
+
+def test_a_token_that_is_shown_ends_an_answer_as_a_text() -> None:
+    """One that was added, but not as a special token, is part of what is decoded."""
+    made = tokenizer(CHATML, special=False)
+    made.add_tokens(["<|im_end|>"])
+    assert turn_end(made) == TurnEnd(text="<|im_end|>")
 
 
 def test_an_answer_ends_by_itself() -> None:

@@ -240,13 +240,18 @@ def writing(token: int, after: int, kind: str = "llama") -> tuple[Any, list[int]
     return model, ids[len(PROMPT) :]
 
 
-def test_an_end_token_ends_an_answer() -> None:
+@pytest.mark.parametrize("whose", ["model", "request"])
+def test_an_end_token_ends_an_answer(whose: str) -> None:
     model, tokens = writing(EOS, after=6)
     position = next(n for n, token in enumerate(tokens) if tokens.index(token) == n and n >= 2)
-    model.generation_config.eos_token_id = tokens[position]
-    model.generation_config._from_model_config = False
+    sampling = GREEDY
+    if whose == "model":
+        model.generation_config.eos_token_id = tokens[position]
+        model.generation_config._from_model_config = False
+    else:
+        sampling = dataclasses.replace(GREEDY, stop_ids=frozenset({tokens[position]}))
     with opened(model) as engine:
-        (answer,) = finished(engine, [engine.submit(PROMPT, GREEDY)]).values()
+        (answer,) = finished(engine, [engine.submit(PROMPT, sampling)]).values()
     assert answer.finish == "stop" and answer.tokens == tokens[: position + 1]
 
 

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from truthgpt.attention.install import install_attention
 from truthgpt.errors import ConfigError
+from truthgpt.inference.conversation import Conversation
 from truthgpt.inference.engine import Engine
 from truthgpt.inference.generate import Generation, encode_prompt, generate_texts
 from truthgpt.inference.open_engine import EngineOptions, open_engine
@@ -305,6 +306,18 @@ def test_a_long_prompt_keeps_its_end() -> None:
     assert write(model, [long])[0].token_ids == expected
 
 
+@pytest.mark.parametrize("prompt", ["before \udcff", "\ud800"])
+def test_what_is_no_text_is_refused(prompt: str) -> None:
+    refused = r"the prompt is no text at '(before )?\\u\w{4}': bytes that are not UTF-8"
+    for template in (None, "{{ messages[0].content }}"):
+        conversation = Conversation(byte_tokenizer(chat_template=template), None)
+        conversation.say("user", prompt)
+        with pytest.raises(ConfigError, match=refused):
+            conversation.prompt(1)
+    with pytest.raises(ConfigError, match=refused):
+        encode_prompt(TOKENIZER, prompt)
+
+
 def test_an_empty_prompt_starts_from_bos_or_eos() -> None:
     assert encode_prompt(TOKENIZER, "") == [EOS]
     assert encode_prompt(byte_tokenizer(bos_token="<eos>"), "") == [EOS]
@@ -368,6 +381,8 @@ def test_a_compiled_model_is_not_recompiled_for_decoding(cache: str) -> None:
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty"),
+        ({"repetition_penalty": 1e40}, "repetition_penalty"),
         ({"stop": ("",)}, "stop"),
     ],
 )

@@ -10,10 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from tests.serving.fake_engine import FakeEngine, expected_text
 from tests.serving.server import RunningServer, serving, wait_until
 from truthgpt.runtime.seeds import derive_seed
+from truthgpt.serving.openai_requests import ChatRequest, CompletionRequest, SamplingFields
 
 PROMPT = "Once upon"
 JSON = {"Content-Type": "application/json"}
@@ -239,6 +241,8 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "a", "temperature": True}, "temperature", "temperature: input should be a valid number"),
     ({"prompt": "a", "top_p": 0}, "top_p", "top_p: input should be greater than 0, found 0"),
     ({"prompt": "a", "top_p": 1.5}, "top_p", "top_p: input should be less than or equal to 1"),
+    ({"prompt": "a", "repetition_penalty": 1e-40}, "repetition_penalty", "repetition_penalty: input should be greater"),
+    ({"prompt": "a", "repetition_penalty": 1e40}, "repetition_penalty", "repetition_penalty: input should be less"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens: input should be greater than or equal to 1"),
     ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "max_tokens: input should be a valid integer"),
     ({"prompt": "a", "n": 0}, "n", "n: input should be greater than or equal to 1"),
@@ -289,6 +293,23 @@ def test_wrong_messages_are_named(server: RunningServer, body: dict[str, Any], p
     assert error["message"].startswith(message), error["message"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionRequest, {"prompt": [{}] * 1000}),
+        (CompletionRequest, {"prompt": [[""] * 1000]}),
+        (CompletionRequest, {"prompt": "a", "stop": [""] * 1000}),
+        (ChatRequest, {"messages": [{}] * 1000}),
+        (ChatRequest, {"messages": [{**USER, "content": [{}] * 1000}]}),
+    ],
+)
+def test_a_long_list_of_mistakes_is_not_read_to_its_end(kind: type[SamplingFields], fields: dict[str, Any]) -> None:
+    """Every client would wait for that: of 1.3 million, which a body can hold, eight seconds."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(fields)
+    assert caught.value.error_count() < 10
+
+
 BODIES = [
     (b"", "the body is not JSON"),
     (b"{", "the body is not JSON"),
@@ -301,6 +322,8 @@ BODIES = [
     (b'{"prompt": "\\ud800"}', "the body is not JSON"),
     (b'{"prompt": "\\uD800", "x": 1}', "the body is not JSON"),
     (b'{"prompt": "a", "\\udc00": 1}', "the body is not JSON"),
+    (b'{"prompt": "\xed\xa0\x80"}', "the body is not JSON"),
+    ('{"prompt": "\\ud800"}'.encode("utf-16"), "the body is not JSON"),
 ]
 
 
@@ -387,6 +410,21 @@ def test_health_and_metrics() -> None:
             "truthgpt_engine_up 1",
         ):
             assert line in lines
+
+
+@pytest.mark.parametrize(
+    ("end", "stop", "stop_ids"), [("{{ eos_token }}", (), {256}), ("</{{ m.role }}>", ("</assistant>",), set())]
+)
+def test_a_chat_answer_ends_where_the_template_ends_it(end: str, stop: tuple[str, ...], stop_ids: set[int]) -> None:
+    """As in `truthgpt chat`; a completion knows of no template."""
+    template = f"{{% for m in messages %}}{{{{ m.content }}}}{end}{{% endfor %}}"
+    with serving(template=template) as server:
+        chat: list[Any] = [{"role": "user", "content": "Hi"}]
+        server.client.chat.completions.create(model="fake", messages=chat, n=2, max_tokens=2, stop="#")
+        for _, sampling in server.engine.submitted:
+            assert (sampling.stop, sampling.stop_ids) == (("#", *stop), stop_ids)
+        server.client.completions.create(model="fake", prompt="Hi", stop="#")
+        assert (server.engine.submitted[-1][1].stop, server.engine.submitted[-1][1].stop_ids) == (("#",), set())
 
 
 def test_a_model_without_a_known_limit() -> None:

@@ -194,7 +194,8 @@ def test_the_controls_are_what_is_sent(open_page: Open) -> None:
         tab.set(control, value)
     tab.ask("hello")
     expected = {"temperature": 0.35, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.15}
-    assert last_sampling(engine) == {**expected, "max_new_tokens": 7, "seed": 123, "stop": ()}
+    ends = {"stop": ("[user]",), "stop_ids": frozenset()}  # where the template ends a turn
+    assert last_sampling(engine) == {**expected, **ends, "max_new_tokens": 7, "seed": 123}
     tab.page.reload()
     tab.page.wait_for_selector("#facts dd", state="attached")
     assert tab.page.input_value("#temperature") == "0.35"  # kept for the next visit
@@ -210,7 +211,7 @@ def test_the_controls_are_what_is_sent(open_page: Open) -> None:
         "repetition_penalty": 1.0,
         "max_new_tokens": 200 + 1 - len(engine.submitted[-1][0]),
     }
-    assert {**last_sampling(engine), "seed": 0} == {**defaults, "seed": 0, "stop": ()}
+    assert {**last_sampling(engine), "seed": 0} == {**defaults, **ends, "seed": 0}
 
 
 @pytest.mark.parametrize(
@@ -335,6 +336,29 @@ def test_a_refusal_is_shown_in_place_with_the_servers_words(open_page: Open) -> 
     tab.problems.clear()
     tab.ask("short")
     assert prompt_text(engine) == "[user]short\n[assistant]"  # the refused question is not part of the conversation
+
+
+def test_a_chat_longer_than_the_context_goes_on_without_its_beginning(open_page: Open) -> None:
+    engine = FakeEngine(context_tokens=100)
+    tab = open_page(engine)
+    tab.set("max_tokens", "4")
+    answers = [tab.ask(f"question {number}") for number in range(4)]
+    assert len(engine.submitted) == 3 + 1
+    expected = f"[user]question 2\n[assistant]{answers[2]}\n[user]question 3\n[assistant]"
+    assert prompt_text(engine) == expected, "of three earlier questions the last one is left"
+    assert "without the first 2 questions: the context is full" in tab.figures()
+    tab.problems.clear()  # the browser's own line about the refusal
+
+    tab.ask("x" * 200)
+    assert "the prompt has 218 tokens" in tab.page.locator("#log-chat .error:visible").inner_text()
+    tab.problems.clear()
+    tab.ask("4")
+    assert prompt_text(engine) == f"{expected}{answers[3]}\n[user]4\n[assistant]", "it is not forgotten for that"
+    assert tab.problems == [], "what is left out is not sent again"
+
+    tab.button("New chat").click()
+    tab.ask("one")
+    assert "without" not in tab.figures()
 
 
 def test_an_engine_that_fails_in_the_middle_is_said(open_page: Open) -> None:

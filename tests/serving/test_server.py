@@ -15,13 +15,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
+from starlette.applications import Starlette
 
+import truthgpt.serving.server
 from tests.process import Cli, Running
+from tests.serving.fake_engine import FakeEngine
 from tests.serving.server import RunningServer, serving, wait_until
 from truthgpt.errors import ConfigError
+from truthgpt.serving.engine_thread import EngineThread
 from truthgpt.serving.guards import is_loopback
 from truthgpt.serving.packages import require_server_packages
-from truthgpt.serving.server import ServerOptions, bind
+from truthgpt.serving.server import ServerOptions, bind, run_app
 
 KEY = "sk-test-51f0c9"
 
@@ -93,6 +98,24 @@ def test_a_port_in_use() -> None:
         message = f"cannot serve at 127.0.0.1, port {port}: Address already in use; give another --port"
         with pytest.raises(ConfigError, match=message):
             bind("127.0.0.1", port)
+
+
+def test_connections_stay_open_longer_than_clients_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that closes one first may do so while a request is on its way: then that is lost."""
+    opened: list[uvicorn.Config] = []
+
+    class Stub:
+        def __init__(self, config: uvicorn.Config, *_: Any) -> None:
+            opened.append(config)
+
+        def run(self, sockets: list[socket.socket]) -> None:
+            """Nothing."""
+
+    monkeypatch.setattr(truthgpt.serving.server, "_Server", Stub)
+    with bind("127.0.0.1", 0) as bound:
+        run_app(Starlette(), EngineThread(FakeEngine()), bound, lambda: None)
+    clients = httpx.Limits().keepalive_expiry
+    assert clients is not None and opened[0].timeout_keep_alive > 2 * clients
 
 
 def test_a_host_that_is_no_address() -> None:
@@ -173,6 +196,20 @@ def test_the_end_of_the_command_waits_for_answers(cli: Cli) -> None:
     assert served.running.wait(30).exit_code == 0
     client.join()
     assert len(results[0].json()["choices"][0]["text"]) == 60
+
+
+def test_the_end_of_the_command_waits_for_no_request_that_is_still_being_sent(cli: Cli) -> None:
+    served = Served(cli)
+    address = served.url.removeprefix("http://")
+    host, _, port = address.rpartition(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\nContent-Length: 99"
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(f'{head}\r\nExpect: 100-continue\r\n\r\n{{"prompt"'.encode())
+        assert client.recv(1000).startswith(b"HTTP/1.1 100"), "it waits for the body"
+        os.kill(served.running.pid, signal.SIGTERM)
+        finished = served.running.wait(8)
+        assert client.recv(1000).startswith(b"HTTP/1.1 503")
+    assert finished.exit_code == 0 and "Traceback" not in finished.stderr, finished.stderr
 
 
 def test_a_second_ctrl_c_waits_for_nobody(cli: Cli) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from truthgpt.cli.output import say
+from truthgpt.cli.output import for_terminal, say, standard_input
 from truthgpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ _HELP = """/system TEXT  what stands in front of the conversation; without TEXT:
 /save FILE    write the messages as JSON
 /exit         leave, as Ctrl-D does; Ctrl-C stops an answer
 //...         a message that begins with /"""
-_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""What a model must not send to a terminal."""
 _ENDED = {"length": ", the most that were allowed", "cancelled": ", stopped", "error": ", its logits are not finite"}
 
 
@@ -171,7 +169,7 @@ class _Session:
 
     def _write(self, text: str) -> None:
         if not self._as_json:
-            sys.stdout.write(text.translate(_CONTROL) if self._terminal else text)
+            sys.stdout.write(for_terminal(text))
             sys.stdout.flush()
 
 
@@ -191,7 +189,7 @@ def _typed() -> Iterator[str]:
 
 def _piped() -> Iterator[str]:
     try:
-        yield from sys.stdin
+        yield from standard_input()
     except UnicodeDecodeError as error:
         raise DataError(f"standard input: byte {error.start} is not UTF-8") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from truthgpt.cli.output import emit_json, say
+from truthgpt.cli.output import emit_json, for_terminal, say, standard_input
 from truthgpt.cli.sizes import parse_size
 from truthgpt.errors import ConfigError, DataError, NonFiniteError, RunDirectoryError
 from truthgpt.runtime.atomic_file import commit_file, temporary_beside
@@ -103,7 +102,7 @@ def _give_out(generation: dict[str, Any], file: IO[str] | None, progress: str, j
     if json_output or file is not None:
         say(progress)
     else:
-        typer.echo(f"{generation['prompt']}{generation['text']}\n")
+        typer.echo(for_terminal(f"{generation['prompt']}{generation['text']}\n"))
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
@@ -114,7 +113,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     assert file is not None
     try:
         # Not splitlines: a text may hold other characters that Unicode counts as ends of lines.
-        lines = (sys.stdin if str(file) == "-" else file.open(encoding="utf-8-sig")).read().split("\n")
+        lines = (standard_input() if str(file) == "-" else file.open(encoding="utf-8-sig")).read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts: {file} cannot be read: {error}") from error
     if file.suffix == ".jsonl":
@@ -159,15 +158,13 @@ def _lines(out: Path | None, overwrite: bool) -> Iterator[IO[str] | None]:
     replaced = out.resolve() if _is_occupied(out) else None
     written = out if replaced is None else temporary_beside(replaced)
     try:
-        file = written.open("w", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise RunDirectoryError(f"--out: {out} cannot be written: {error.strerror}") from error
-    try:
-        with file:
+        with written.open("w", encoding="utf-8", buffering=1) as file:
             yield file
         if replaced is not None:
             shutil.copymode(replaced, written)
             commit_file(written, replaced)
+    except OSError as error:  # at the beginning, or when the disk is full
+        raise RunDirectoryError(f"--out: {out} cannot be written: {error.strerror}") from error
     finally:
         if replaced is not None:
             written.unlink(missing_ok=True)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import typer
+
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def for_terminal(text: str) -> str:
+    """What a model wrote, for stdout: a terminal is not sent the characters that it would obey; a file or a pipe gets
+    the text as it is."""
+    return text.translate(_CONTROL) if sys.stdout.isatty() else text
 
 
 def emit_json(document: Any) -> None:
@@ -18,6 +28,16 @@ def emit_json(document: Any) -> None:
 def say(text: str) -> None:
     """Print a line for people, on stderr."""
     typer.echo(text, err=True)
+
+
+def standard_input() -> TextIO:
+    """Standard input as files are read: in UTF-8 whatever the locale is, and without a mark of the byte order.
+
+    Reading from it raises UnicodeDecodeError: Python's own, in the locale C, lets bytes pass that are no text.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+    return sys.stdin
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

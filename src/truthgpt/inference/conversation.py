@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from truthgpt.data.chat import EXPRESSION_ERRORS
 from truthgpt.errors import ConfigError
-from truthgpt.inference.generate import encode_prompt
+from truthgpt.inference.generate import encode_prompt, require_text
 from truthgpt.inference.request import Piece, Sampling
+from truthgpt.inference.turn_end import turn_end
 
 Message = dict[str, str]
 """`role` (system, user or assistant) and `content`."""
@@ -61,8 +62,7 @@ class Conversation:
 
     Attributes:
         messages: what was said, the system message aside.
-        stop_ids: special tokens with which the template ends an answer.
-        stop_text: what the template puts behind an answer where that is no special token; empty: nothing is known.
+        turn_end: where the template ends an answer.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Conversation:
         self.messages: list[Message] = []
         self._tokenizer = tokenizer
         self._context = context_tokens
-        self.stop_ids, self.stop_text = self._turn_end()
+        self.turn_end = turn_end(tokenizer)
 
     @property
     def has_template(self) -> bool:
@@ -115,15 +115,11 @@ class Conversation:
         if self._context is not None:
             room = self._context + 1 - len(prompt.token_ids)
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        if self.stop_text:
-            sampling = replace(sampling, stop=(*sampling.stop, self.stop_text))
-        request_id = engine.submit(prompt.token_ids, sampling)
+        request_id = engine.submit(prompt.token_ids, self.turn_end.ending(sampling))
         finished = False
         try:
             while not finished:
                 for piece in engine.step():
-                    if self.stop_ids & set(piece.token_ids):
-                        piece = replace(piece, finish="stop")
                     finished = piece.finish is not None
                     yield piece
         finally:
@@ -138,37 +134,19 @@ class Conversation:
         if not self.has_template:
             return encode_prompt(self._tokenizer, _plain_text(messages))
         # The template has written the special tokens already.
-        text = self._render(messages, add_generation_prompt=True)
+        text = self._render(messages)
+        require_text(text)
         ids = [int(index) for index in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
         if not ids:
             raise ConfigError("the model's chat template makes no text of the conversation")
         return ids
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message]) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except (TemplateError, *EXPRESSION_ERRORS) as error:
             raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
         return str(text)
-
-    def _turn_end(self) -> tuple[frozenset[int], str]:
-        """What the template writes between an answer and the next question."""
-        if not self.has_template:
-            return frozenset(), ""
-        roles = ("user", "assistant", "user")
-        messages = [{"role": role, "content": f"<<{index}>>"} for index, role in enumerate(roles)]
-        try:
-            text = self._render(messages, add_generation_prompt=False)
-        except ConfigError:
-            return frozenset(), ""  # a template that refuses such a conversation ends no turn of it
-        between = text.partition("<<1>>")[2].partition("<<2>>")[0].strip()
-        ids = self._tokenizer(between, add_special_tokens=False)["input_ids"]
-        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
-        if ids and int(ids[0]) in special:
-            return frozenset({int(ids[0])}), ""
-        return frozenset(), between
 
 
 def _plain_text(messages: Sequence[Message]) -> str:

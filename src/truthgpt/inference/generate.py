@@ -84,8 +84,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt: `tokenizer(prompt)` without an end-of-text token that the tokenizer adds by itself.
 
     Raises:
-        ConfigError: nothing to start from: no token, and the tokenizer has neither bos nor eos.
+        ConfigError: nothing to start from: no token, and the tokenizer has neither bos nor eos; or see `require_text`.
     """
+    require_text(prompt)
     ids = [int(index) for index in tokenizer(prompt)["input_ids"]]
     eos = tokenizer.eos_token_id
     if len(ids) > 1 and ids[-1] == eos and not prompt.endswith(tokenizer.eos_token):
@@ -96,6 +97,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if start is None:
         raise ConfigError("the prompt is empty and the tokenizer has no bos or eos token to start from: give a prompt")
     return [int(start)]
+
+
+def require_text(text: str) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        ConfigError: halves of surrogate pairs: Python has them for bytes of a command line that are no UTF-8, and reads
+            them from JSON.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        begin = max(error.start - 20, 0)
+        raise ConfigError(
+            f"the prompt is no text at {text[begin : error.start + 1]!a}: bytes that are not UTF-8, or half of a "
+            "surrogate pair; give it in UTF-8"
+        ) from error
 
 
 def fit_context(prompt_ids: list[int], max_new_tokens: int, context: int | None) -> list[int]:

@@ -10,6 +10,9 @@ from truthgpt.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+LEAST_PENALTY = 1e-3
+"""Of a repetition: beyond it, and beyond its inverse, logits overflow, which reads as a model that is broken."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,9 +24,10 @@ class Sampling:
         top_k: sample from the k likeliest tokens only; 0: from all.
         top_p: sample from the fewest likeliest tokens whose probabilities sum up to this (Holtzman 2020); 1: from all.
         repetition_penalty: logits of tokens that are in the text already are divided by it where positive, multiplied
-            where negative (Keskar 2019); 1: none.
+            where negative (Keskar 2019), 0.001 to 1000; 1: none.
         seed: seed of the request's own random numbers: token n depends on it, n and the logits alone.
         stop: texts that end the answer; they are not part of it.
+        stop_ids: special tokens that end the answer, besides those that end every text of the model.
 
     Raises:
         ConfigError: a value out of range.
@@ -36,6 +40,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         for name, allowed, found in (
@@ -43,7 +48,7 @@ class Sampling:
             ("temperature", "0 (greedy) or more", math.isfinite(self.temperature) and self.temperature >= 0),
             ("top_k", "0 (all tokens) or more", self.top_k >= 0),
             ("top_p", "more than 0, at most 1", 0 < self.top_p <= 1),
-            ("repetition_penalty", "more than 0", 0 < self.repetition_penalty < math.inf),
+            ("repetition_penalty", "0.001 to 1000", LEAST_PENALTY <= self.repetition_penalty <= 1 / LEAST_PENALTY),
             ("stop", "texts that are not empty", all(self.stop)),
         ):
             if not found:

@@ -54,6 +54,7 @@ class TokenSequence(KeptTokens):
 
     def finish_reason(self, stop_ids: frozenset[int]) -> FinishReason | None:
         """Why the answer ends with its last token; None: it goes on."""
-        if self.stream.stopped or self.tokens[-1] in stop_ids:
+        last = self.tokens[-1]
+        if self.stream.stopped or last in stop_ids or last in self.sampling.stop_ids:
             return "stop"
         return "length" if self.written >= self.limit else None

@@ -71,7 +71,8 @@ class EngineThread:
         self._engine = engine
         # Of the event loop.
         self._streams: set[PieceStream] = set()
-        self._stopping = False
+        self.stopping = asyncio.Event()
+        """Set once the server is being stopped."""
         self._hurried = False
         self._loop: asyncio.AbstractEventLoop | None = None
         # Shared, behind the condition; `_failed` is written by the thread alone.
@@ -100,7 +101,7 @@ class EngineThread:
     @property
     def state(self) -> str:
         """`ok`, `failed` (the engine is beyond repair) or `stopping`."""
-        return "stopping" if self._stopping else "failed" if self._failed else "ok"
+        return "stopping" if self.stopping.is_set() else "failed" if self._failed else "ok"
 
     def start(self) -> None:
         """Start the thread; its answers go to the event loop that runs now."""
@@ -115,7 +116,7 @@ class EngineThread:
             StoppingError: the server is being stopped.
             EngineError: the engine is beyond repair.
         """
-        if self._stopping:
+        if self.stopping.is_set():
             raise StoppingError("the server is being stopped")
         if self._failed:
             raise EngineError("the engine has failed and cannot go on; the server has to be started again")
@@ -142,7 +143,7 @@ class EngineThread:
 
     async def stop(self, deadline_s: float) -> None:
         """Take no more requests, let those under way end, and cancel what is left after `deadline_s` seconds."""
-        self._stopping = True
+        self.stopping.set()
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
         while self._streams and loop.time() < end and not self._hurried:

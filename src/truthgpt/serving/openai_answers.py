@@ -130,7 +130,7 @@ class Envelope:
     def chunk(self, choice: dict[str, Any], with_usage: bool) -> bytes:
         """One event of a stream. Where it ends with its usage, the events before say null."""
         end = '],"usage":null}\n\n' if with_usage else "]}\n\n"
-        return (self._chunk_opening + _JSON.encode(choice) + end).encode()
+        return (self._chunk_opening + _in_one_line(choice) + end).encode()
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The event with the usage."""
@@ -139,7 +139,7 @@ class Envelope:
     @cached_property
     def _chunk_opening(self) -> str:
         """What all chunks begin with: with hundreds of clients, encoding it anew for every token is a notable cost."""
-        head = _JSON.encode(self._head(self.form.chunk))
+        head = _in_one_line(self._head(self.form.chunk))
         return f'data: {head[:-1]},"choices":['
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -157,4 +157,13 @@ DONE = b"data: [DONE]\n\n"
 
 def event(document: dict[str, Any]) -> bytes:
     """A server-sent event with one JSON document."""
-    return b"data: " + _JSON.encode(document).encode() + b"\n\n"
+    return b"data: " + _in_one_line(document).encode() + b"\n\n"
+
+
+def _in_one_line(document: Mapping[str, Any]) -> str:
+    """As JSON, for readers too that end a line at every character that Unicode calls the end of one (httpx does)."""
+    text = _JSON.encode(document)
+    if not text.isascii():
+        for character in "\u0085\u2028\u2029":  # JSON itself escapes the others
+            text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

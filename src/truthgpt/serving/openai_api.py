@@ -79,10 +79,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         thread.start()
+        giving_up = asyncio.create_task(api.give_up_bodies())
         try:
             yield
         finally:
             await thread.stop(STOP_DEADLINE_S)
+            await giving_up
             api.encoder.close()
 
     guards = [] if hosts is None else [Middleware(HostGuard, hosts=frozenset(hosts))]
@@ -124,6 +126,13 @@ class _Api:
         self._shorten = shorten
         self._created = int(time.time())
         self._encoding = 0
+        self._bodies: set[asyncio.Timeout] = set()
+
+    async def give_up_bodies(self) -> None:
+        """Once the server is being stopped, wait for no body that is still on its way."""
+        await self._thread.stopping.wait()
+        for limit in self._bodies:
+            limit.reschedule(0)
 
     async def models(self, request: Request) -> Response:
         """The one model."""
@@ -157,7 +166,7 @@ class _Api:
     async def _answer(self, request: Request, make_job: Callable[[bytes], Awaitable[_Work]]) -> Response:
         started, path = time.monotonic(), request.url.path
         try:
-            fields, job = await make_job(await _read_body(request))
+            fields, job = await make_job(await self._body(request))
             if fields.stream:
                 return _EventStream(
                     job, fields.include_usage, functools.partial(self._metrics.count, path, started=started)
@@ -170,6 +179,17 @@ class _Api:
         complete = all(choice.finish for choice in choices)
         self._metrics.count(path, 200 if complete else CLIENT_LEFT, job.usage, started)
         return JSONResponse(job.envelope.whole(choices, job.usage))
+
+    async def _body(self, request: Request) -> bytes:
+        try:
+            async with asyncio.timeout(0 if self._thread.stopping.is_set() else None) as limit:
+                self._bodies.add(limit)
+                try:
+                    return await _read_body(request)
+                finally:
+                    self._bodies.discard(limit)
+        except TimeoutError as error:
+            raise StoppingError("the server is being stopped") from error
 
     async def _completion_job(self, body: bytes) -> _Work:
         fields = parse_request(CompletionRequest, body)
@@ -206,7 +226,10 @@ class _Api:
             # Of every prompt the first choice has the seed itself: it is the answer to a request for it alone.
             seed = secrets.randbits(63) if fields.seed is None else fields.seed
             seeds = [seed, *(derive_seed(seed, "choice", number) for number in range(1, fields.n or 1))]
-            requests += [TextRequest(prompt, _sampling(fields, limit, own)) for own in seeds]
+            samplings = [_sampling(fields, limit, own) for own in seeds]
+            if isinstance(fields, ChatRequest):
+                samplings = [self.encoder.turn_end.ending(sampling) for sampling in samplings]
+            requests += [TextRequest(prompt, sampling) for sampling in samplings]
         stream = self._thread.stream(requests)
         try:
             await stream.accepted()

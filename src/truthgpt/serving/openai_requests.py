@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from truthgpt.inference.request import LEAST_PENALTY
 from truthgpt.serving.api_error import ApiError
 
 MAX_CHOICES = 128
@@ -55,7 +56,8 @@ _UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
 }
 """The same for a message; clients send an answer's own message back with these."""
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# Lists fail with their first wrong item: a million of them would be a million mistakes, and seconds for every client.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -80,11 +82,11 @@ class SamplingFields(_Strict):
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=1 / LEAST_PENALTY)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: (
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS, fail_fast=True)]
         | None
     ) = None
 
@@ -111,8 +113,8 @@ class CompletionRequest(SamplingFields):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
 
     @property
@@ -134,7 +136,7 @@ class Message(_Strict):
     """A turn of a conversation. `developer` is OpenAI's newer name of `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     def for_template(self) -> dict[str, str]:
         """The message as chat templates read it."""
@@ -145,7 +147,7 @@ class Message(_Strict):
 class ChatRequest(SamplingFields):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
@@ -171,7 +173,8 @@ def parse_request(kind: type[Parsed], body: bytes) -> Parsed:
         ApiError: 400 with the field that is wrong, unknown, or not supported.
     """
     try:
-        document = json.loads(body)
+        # Decoded here: json.loads lets bytes pass that stand for half of a surrogate pair, and UTF-16.
+        document = json.loads(body.decode("utf-8-sig"))
         if b"\\ud" in body.lower():
             json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no text: a ValueError
     except (ValueError, RecursionError) as error:

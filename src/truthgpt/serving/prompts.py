@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from truthgpt.data.chat import EXPRESSION_ERRORS
 from truthgpt.inference.generate import encode_prompt
+from truthgpt.inference.turn_end import turn_end
 from truthgpt.serving.api_error import ApiError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_EXPRESSION_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What the expressions in a template can raise while it renders, besides Jinja's own errors."""
 
 
 class PromptEncoder:
@@ -25,10 +24,14 @@ class PromptEncoder:
 
     It has a copy of the tokenizer: the engine decodes with the other one, and a tokenizer used by two threads at once
     can fail ("Already borrowed").
+
+    Attributes:
+        turn_end: where the chat template ends an answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
+        self.turn_end = turn_end(self._tokenizer)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder")
 
     async def encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -65,7 +68,7 @@ class PromptEncoder:
             )
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, *_EXPRESSION_ERRORS) as error:
+        except (TemplateError, *EXPRESSION_ERRORS) as error:
             raise ApiError(
                 400, f"messages: the model's chat template refuses this conversation: {error}", param="messages"
             ) from error

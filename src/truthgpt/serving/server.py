@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 SWITCH_INTERVAL_S = 0.0005
 """How long the engine's thread waits for the event loop's, or the other way round, where both have Python to run; a
 step of the engine takes 2 ms, and Python's own 5 ms would be most of it."""
+KEEP_ALIVE_S = 75
+"""How long a connection stays open without a request. Longer than clients keep theirs (httpx, and so OpenAI's client: 5
+seconds, which is uvicorn's default too): else one may be closed while a request is on its way through it."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def run_app(app: ASGIApp, thread: EngineThread, bound: socket.socket, on_ready: 
         ws="none",
         lifespan="on",
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         # The thread ends the answers before that; this is for clients that do not read them.
         timeout_graceful_shutdown=int(STOP_DEADLINE_S) + 2,
     )

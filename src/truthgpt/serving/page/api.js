@@ -1,7 +1,12 @@
 // The server's API: one answer as a stream of events.
 
-/** The server refused or failed; the message is its own. */
-export class ApiError extends Error {}
+/** The server refused or failed; message and code are its own. */
+export class ApiError extends Error {
+  constructor(message, code = null) {
+    super(message);
+    this.code = code;
+  }
+}
 
 /** Nothing answers at this address any more. */
 export class LostServer extends Error {
@@ -13,7 +18,7 @@ export class LostServer extends Error {
 /** GET a JSON document. */
 export async function getJson(path) {
   const response = await reach(path, { cache: "no-store" });
-  if (!response.ok) throw new ApiError(await reasonOf(response));
+  if (!response.ok) throw await refusalOf(response);
   return response.json();
 }
 
@@ -29,7 +34,7 @@ export async function* streamEvents(path, body, signal) {
     body: JSON.stringify(body),
     signal,
   });
-  if (!response.ok) throw new ApiError(await reasonOf(response));
+  if (!response.ok) throw await refusalOf(response);
   for await (const data of events(response.body.getReader(), signal)) {
     if (data === "[DONE]") return;
     const event = JSON.parse(data);
@@ -48,13 +53,13 @@ async function reach(path, options) {
   }
 }
 
-async function reasonOf(response) {
+async function refusalOf(response) {
   const text = await response.text();
   try {
     const { error } = JSON.parse(text);
-    return error.message;
+    return new ApiError(error.message, error.code);
   } catch {
-    return `${response.status} ${response.statusText}`; // not from our API: nothing else to say
+    return new ApiError(`${response.status} ${response.statusText}`); // not from our API: nothing else to say
   }
 }
 

@@ -61,7 +61,7 @@ const ENDINGS = { length: "limit reached", cancelled: "stopped" };
 
 /**
  * One entry of a log. `actions` are functions of the page: retry, edit, resume (null where it has no meaning).
- * The page adds to `answer` and calls `show`; `finish` or `fail` ends it.
+ * The page adds to `answer` and calls `show`; `finish` or `fail` ends it. `leftOut`: questions the model was not sent.
  */
 export class Entry {
   constructor(mode, prompt, actions) {
@@ -69,6 +69,7 @@ export class Entry {
     this.prompt = prompt;
     this.actions = actions;
     this.answer = "";
+    this.leftOut = 0;
     this.node = element("article", `entry ${mode}`);
     this.body = element("div", "body");
     this.answerNode = element(mode === "chat" ? "div" : "span", "answer");
@@ -115,6 +116,9 @@ export class Entry {
     if (ending === null && this.clock.first === null) parts[0] += "…";
     if (ending !== null) parts.push(`seed ${this.seed}`);
     if (ENDINGS[ending]) parts.push(ENDINGS[ending]);
+    if (ending !== null && this.leftOut) {
+      parts.push(`without the first ${this.leftOut === 1 ? "question" : `${this.leftOut} questions`}: the context is full`);
+    }
     this.figures.textContent = parts.join(" · ");
   }
 

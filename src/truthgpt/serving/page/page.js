@@ -11,6 +11,7 @@ const at = (id) => document.getElementById(id);
 
 const controls = buildControls(at("controls"));
 const logs = { chat: [], completion: [] };
+let leftOut = 0; // entries at the chat's beginning that are no longer sent: the model's context has no room for them
 let mode = "completion";
 let about = null; // the last answer of /api/run
 let writing = null; // { entry, abort } while an answer comes
@@ -56,14 +57,39 @@ function requestOf(entry, keep) {
   if (entry.mode === "completion") {
     return ["/v1/completions", { ...sampling, prompt: keep ? entry.prompt + entry.answer : entry.prompt }];
   }
+  return ["/v1/chat/completions", { ...sampling, messages: messagesUpTo(entry) }];
+}
+
+/** The conversation with an entry's question as its last message. */
+function messagesUpTo(entry) {
   const system = at("system").value.trim();
   const messages = system ? [{ role: "system", content: at("system").value }] : [];
-  for (const earlier of logs.chat) {
+  for (const earlier of logs.chat.slice(leftOut)) {
     if (earlier === entry) break;
     if (!earlier.answer) continue; // it failed: templates want question and answer in turn
     messages.push({ role: "user", content: earlier.prompt }, { role: "assistant", content: earlier.answer });
   }
-  return ["/v1/chat/completions", { ...sampling, messages: [...messages, { role: "user", content: entry.prompt }] }];
+  return [...messages, { role: "user", content: entry.prompt }];
+}
+
+/** The events of an answer. A chat that has become too long for the model goes on without the older half of it. */
+async function* answerEvents(entry, path, request, signal) {
+  const before = leftOut;
+  for (;;) {
+    try {
+      yield* streamEvents(path, request, signal);
+      return;
+    } catch (error) {
+      const earlier = entry.mode === "chat" ? logs.chat.indexOf(entry) - leftOut : 0;
+      if (error.code !== "context_length_exceeded" || earlier <= 0) {
+        leftOut = before; // nothing that is asked next has to do without it for this
+        throw error;
+      }
+      leftOut += Math.ceil(earlier / 2);
+      entry.leftOut = leftOut;
+      request.messages = messagesUpTo(entry);
+    }
+  }
 }
 
 /** Ask and write the answer into the entry as it comes. */
@@ -71,12 +97,13 @@ async function write(entry, keep) {
   const [path, request] = requestOf(entry, keep);
   writing = { entry, abort: new AbortController() };
   entry.begin(request.seed, keep);
+  entry.leftOut = entry.mode === "chat" ? leftOut : 0;
   showBusy();
   let ending = "stop";
   let tokens = 0;
   const showSoon = oncePerFrame(() => follow(() => entry.show()));
   try {
-    for await (const event of streamEvents(path, request, writing.abort.signal)) {
+    for await (const event of answerEvents(entry, path, request, writing.abort.signal)) {
       const choice = event.choices?.[0];
       const text = choice?.delta?.content ?? choice?.text ?? "";
       // On the way an event with text is a token or so; the count at the end is exact.
@@ -276,6 +303,7 @@ document.addEventListener("keydown", (event) => {
 at("stop").addEventListener("click", stop);
 at("new").addEventListener("click", () => {
   logs[mode] = [];
+  if (mode === "chat") leftOut = 0;
   at(`log-${mode}`).replaceChildren();
   showMode();
   at("prompt").focus();
