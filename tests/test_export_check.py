@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.exc import Unsupported
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import truthgpt.export_model
 from tests.process import Cli
@@ -184,6 +184,8 @@ def test_tokenizer_of_the_folder_encodes_equally(chats: Cli) -> None:
         written = AutoTokenizer.from_pretrained(chats.folder / name)
         assert written(text).input_ids == own(text).input_ids and {257, 258} <= set(written(text).input_ids)
         assert written.chat_template == own.chat_template is not None
+        stops = GenerationConfig.from_pretrained(chats.folder / name).eos_token_id
+        assert stops == own.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
 
 
 def test_adapters_on_a_base_with_other_settings(bases: Cli) -> None:

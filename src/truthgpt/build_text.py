@@ -14,6 +14,7 @@ from truthgpt.build_sources import build_text_data
 from truthgpt.config.schema import Config
 from truthgpt.data.base import Batch
 from truthgpt.data.collate import PackedCollator
+from truthgpt.inference.turn_end import turn_end
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.models.adapted_linear import share_inputs
 from truthgpt.models.added_tokens import missing_tokens, resize_embeddings
@@ -118,7 +119,7 @@ def _build_model(
         fit_vocabulary(architecture, tokenizer, wanted.config.get("vocab_size"))
         with device:
             model = build_causal_lm(architecture, attention, config.seed, dtype)
-    set_generation_defaults(model, tokenizer)
+    set_generation_defaults(model, tokenizer, turn_end(tokenizer).ids)
     return model.to(device)
 
 

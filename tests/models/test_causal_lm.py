@@ -169,5 +169,7 @@ def test_vocabulary() -> None:
 def test_generation_stops_at_the_tokenizers_end() -> None:
     architecture = load_architecture(None, {"model_type": "llama", **TINY}, trust_remote_code=False)
     model = build_causal_lm(architecture, "sdpa", seed=0)
-    set_generation_defaults(model, byte_tokenizer())
+    set_generation_defaults(model, byte_tokenizer(), [])
     assert model.generation_config.eos_token_id == 256, "and not the 2 that Llama's configuration names"
+    set_generation_defaults(model, byte_tokenizer(), [7, 256])
+    assert model.generation_config.eos_token_id == [256, 7]

@@ -15,7 +15,7 @@ from truthgpt.trainers.artefacts import ModelArtefacts, ModelCard, load_exported
 
 def artefacts(folder: Path, model: GPT2LMHeadModel, safetensors: bool = True) -> ModelArtefacts:
     tokenizer = byte_tokenizer()
-    set_generation_defaults(model, tokenizer)
+    set_generation_defaults(model, tokenizer, [])
     return ModelArtefacts(folder, model, tokenizer, ModelCard("my-run", "text", "ppl", 7), safetensors)
 
 

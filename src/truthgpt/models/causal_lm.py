@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -134,11 +135,20 @@ def check_vocabulary(model_size: int, tokenizer_size: int) -> None:
         raise ConfigError([Problem(key="model.config.vocab_size", message=message, suggestion=hint)])
 
 
-def set_generation_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Give the model the stop and padding ids it is saved with."""
+def set_generation_defaults(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, turn_end_ids: Collection[int]
+) -> None:
+    """Give the model the stop and padding ids it is saved with.
+
+    Args:
+        turn_end_ids: tokens with which the chat template ends an answer. Whatever loads the saved model reads no
+            template while it writes, and without them would go on with a question of its own.
+    """
+    end = tokenizer.eos_token_id
+    stops = [*([] if end is None else [int(end)]), *sorted(set(turn_end_ids) - {end})]
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stops if len(stops) > 1 else next(iter(stops), None),
         pad_token_id=tokenizer.pad_token_id,
     )
 
