@@ -164,3 +164,20 @@ def test_start_is_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_an_interrupt_while_modules_are_imported_is_exit_143() -> None:
+    code = """
+    import sys
+
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "truthgpt.cli.train":
+                raise KeyboardInterrupt
+
+    sys.meta_path.insert(0, Interrupted())
+    from truthgpt.cli.start import main
+    main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "interrupted\n")
