@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from truthgpt.errors import ConfigError, Problem
+from truthgpt.runtime.hub import cache_when_unreachable
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def load_architecture(
         return _from_scratch(overrides, kind)
     _refuse_wrong_place(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        with cache_when_unreachable(name_or_path):
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
             [
