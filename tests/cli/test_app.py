@@ -146,6 +146,14 @@ def test_installed_plugins_are_loaded_and_a_broken_one_is_left_out(tmp_path: Pat
     assert result.stderr == "warning: installed plugin broken (not_there) is left out: No module named 'not_there'\n"
 
 
+@pytest.mark.parametrize("option", ["--max_steps", "--training.max_steps=3"])
+def test_a_key_given_as_an_option_is_told_how_to_set_it(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("validate", "debug", option, "3") == 2
+    assert capsys.readouterr().err.startswith(f"error: {option.partition('=')[0]} is no option; a key is set without")
+    # Other commands take such words as values.
+    assert exit_code("generate", "no_such_run", "--prompt", "--a_b") == 4
+
+
 def test_global_options_stop_at_the_double_dash() -> None:
     assert cli._global_first(["a", "--plugin", "m", "b", "--", "--debug"]) == [
         "--plugin",
