@@ -124,7 +124,10 @@ def test_all_mistakes_at_once(cli: Cli) -> None:
         (("train", "base.yaml", "--plugin", "no_such_module"), "no_such_module"),
         (("train", "base.yaml", "hardware.device=mps"), "available: "),
         (("generate", "base.yaml"), "--prompt"),
-        (("eval", "model_folder"), "model_folder"),
+        (("eval", "model_folder"), "model_folder does not exist"),
+        (("validate", "-"), "standard input is /dev/stdin"),
+        (("train", "base.yaml", "hardware.device=gpu"), "here this is cuda"),
+        (("train", "base.yaml", "training.mixed_precision=fp32"), "here this is none"),
     ],
 )
 def test_wrong_command(cli: Cli, arguments: tuple[str, ...], phrase: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ def test_already_complete(base: Cli) -> None:
         finished = train(base, *SHORT, *extra, "--resume", "auto", "--json")
         assert "already complete" in finished.stderr
         assert finished.json["state"] == "complete"
+    for extra, code, phrase in (
+        (("seed=9", "--resume", "auto"), 2, "seed: changed since the run started"),
+        (("--resume", "nowhere"), 4, "nowhere does not exist; give a checkpoint"),
+    ):
+        finished = base("train", "base.yaml", *SHORT, *extra)
+        assert finished.exit_code == code and phrase in finished.stderr, finished.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -311,8 +318,9 @@ def test_no_validation_split(base: Cli) -> None:
 
 
 def test_next_commands_work(base: Cli) -> None:
-    finished = train(base, *SHORT)
-    commands = [line.split()[1:] for line in finished.stderr.splitlines() if line.startswith("  truthgpt ")]
+    finished = base("train", "base.yaml", *SHORT, "output_dir=~/my runs/t", env={"HOME": str(base.folder)})
+    assert (base.folder / "my runs/t/model").is_dir(), finished.stderr
+    commands = [shlex.split(line)[1:] for line in finished.stderr.splitlines() if line.startswith("  truthgpt ")]
     assert len(commands) == 3
     assert base(*commands[0][:2], "--prompt", "def ", "--max-new-tokens", "2").exit_code == 0
     assert base(*commands[1][:2]).exit_code == 0 and base(*commands[2][:2]).exit_code == 0

@@ -1,5 +1,5 @@
 """`python -m truthgpt` is `truthgpt`."""
 
-from truthgpt.cli.app import main
+from truthgpt.cli.start import main
 
 main()

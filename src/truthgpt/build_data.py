@@ -175,9 +175,11 @@ def _token_store(documents: DocumentSet, tokenizer: PreTrainedTokenizerFast) -> 
     return tokenize_documents(documents, encoder, default_cache_dir(), processes=usable_cores())
 
 
-def row_dataset(data: DataConfig, store: TokenStore, layout: Layout, documents: DocumentSet) -> RowDataset:
+def row_dataset(
+    data: DataConfig, store: TokenStore, layout: Layout, documents: DocumentSet, report: bool = True
+) -> RowDataset:
     """Every document a sample; of text that is else joined, a document too long for a row goes on in the next one."""
-    return RowDataset(store, data.max_seq_len, "split" if layout == "stream" else data.overlong, documents)
+    return RowDataset(store, data.max_seq_len, "split" if layout == "stream" else data.overlong, documents, report)
 
 
 def packed_dataset(config: Config, rows: RowDataset, tokenizer: PreTrainedTokenizerFast) -> PackedDataset:

@@ -56,7 +56,7 @@ def build_text_task(
         require_bitsandbytes()
     length = config.data.max_seq_len
     architecture = load_architecture(config.model.name_or_path, config.model.config, config.model.trust_remote_code)
-    check_context(architecture, length)
+    check_context(architecture, length, from_scratch=config.model.name_or_path is None)
     backend = build_attention(config, architecture, device, precision, fallbacks)
 
     data = build_text_data(config)

@@ -74,6 +74,8 @@ def evaluation_data(
     """
     named = _named(overrides)
     found = base or own_config(target)
+    if found is None and not target.exists():
+        raise ConfigError(f"{target} does not exist; give a run directory, a checkpoint or a Hugging Face folder")
     if found is None and not named & _NAMES_DATA:
         raise ConfigError(
             f"{target} lies in no run directory: name what to evaluate it on, data.path=FILE, or --config YAML"

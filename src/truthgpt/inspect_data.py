@@ -120,8 +120,9 @@ def inspect_text(config: Config, first_samples: int) -> Inspection:
     heads = [dataclasses.replace(part, train=documents) for part, (documents, _) in zip(data.parts, parts, strict=True)]
     text = tokenize_text(TextData(tuple(heads)), tokenizer)
     stores = text.stores
+    chosen = _chosen(config, text, streamed)
     rows = [
-        row_dataset(config.data, store, layout, documents)
+        row_dataset(config.data, store, layout, documents, report=chosen != "joined")
         for store, (documents, layout) in zip(stores, parts, strict=True)
     ]
     packed = [packed_dataset(config, dataset, tokenizer) for dataset in rows]
@@ -130,7 +131,6 @@ def inspect_text(config: Config, first_samples: int) -> Inspection:
         for store, (_, layout) in zip(stores, parts, strict=True)
         if layout == "stream"
     ]
-    chosen = _chosen(config, text, streamed)
     datasets: dict[str, Sequence[SampleDataset]] = {"packing": packed, "joined": joined}
     shown = datasets.get(chosen, rows)
     lengths = np.concatenate([dataset.lengths for dataset in rows]).astype(np.int64)

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from truthgpt.config.data_section import MixedSource
 from truthgpt.config.load import RawConfig, load_raw, redact_secrets, shown
 from truthgpt.config.load import resolved_yaml as resolved_yaml
-from truthgpt.config.names import ALIASES, COMPONENT_SLOTS, FOREIGN_NAMES, LIST_SLOTS
+from truthgpt.config.names import ALIASES, COMPONENT_SLOTS, FOREIGN_NAMES, FOREIGN_VALUES, LIST_SLOTS
 from truthgpt.config.schema import Config
 from truthgpt.config.strict_yaml import KeyPath, boolean_hint, dotted, writing_hint
 from truthgpt.config_rules import Broken, broken_rules
@@ -248,9 +248,8 @@ def _explain(details: ErrorDetails, value: Any) -> tuple[str, str | None]:
     if kind == "literal_error":
         expected = str(limits["expected"]).replace("True", "true").replace("False", "false")
         choices = re.findall(r"'([^']*)'", expected)
-        near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
         fix = boolean_hint(value) if "true" in expected else None
-        return f"must be {expected}", fix or (f"did you mean {near[0]}?" if near else None)
+        return f"must be {expected}", fix or _nearest_choice(value, choices)
     for name, words in _LIMITS.items():
         if name in limits:
             return f"must be {words} {limits[name]}", None
@@ -264,6 +263,17 @@ def _explain(details: ErrorDetails, value: Any) -> tuple[str, str | None]:
     if first not in _EXPECTED:
         return redact_secrets(details["msg"]).removeprefix("Value error, "), None
     return _EXPECTED[first], writing_hint(first, value)
+
+
+def _nearest_choice(value: Any, choices: list[str]) -> str | None:
+    """What other trainers' `value` is called here, else the choice that is spelt most like it, as a suggestion."""
+    if not isinstance(value, str):
+        return None
+    meant = FOREIGN_VALUES.get(value.lower())
+    if meant in choices:
+        return f"here this is {meant}"
+    near = difflib.get_close_matches(value, choices, n=1)
+    return f"did you mean {near[0]}?" if near else None
 
 
 @cache

@@ -146,6 +146,14 @@ def test_installed_plugins_are_loaded_and_a_broken_one_is_left_out(tmp_path: Pat
     assert result.stderr == "warning: installed plugin broken (not_there) is left out: No module named 'not_there'\n"
 
 
+@pytest.mark.parametrize("option", ["--max_steps", "--training.max_steps=3"])
+def test_a_key_given_as_an_option_is_told_how_to_set_it(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("validate", "debug", option, "3") == 2
+    assert capsys.readouterr().err.startswith(f"error: {option.partition('=')[0]} is no option; a key is set without")
+    # Other commands take such words as values.
+    assert exit_code("generate", "no_such_run", "--prompt", "--a_b") == 4
+
+
 def test_global_options_stop_at_the_double_dash() -> None:
     assert cli._global_first(["a", "--plugin", "m", "b", "--", "--debug"]) == [
         "--plugin",
@@ -164,3 +172,20 @@ def test_start_is_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_an_interrupt_while_modules_are_imported_is_exit_143() -> None:
+    code = """
+    import sys
+
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "truthgpt.cli.train":
+                raise KeyboardInterrupt
+
+    sys.meta_path.insert(0, Interrupted())
+    from truthgpt.cli.start import main
+    main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "interrupted\n")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tests.process import Cli
 from tests.sample_data import BASE, CHAT_TEMPLATE, write_config, write_every_source
+
+from truthgpt.cli.inspect import _print_samples
+from truthgpt.inspect_data import InspectedToken
 
 PAIRS = ["data.source=jsonl", "data.path=pairs.jsonl", "data.format=prompt_completion", "data.train_on=completion"]
 
@@ -51,12 +55,28 @@ def test_the_way_that_the_configuration_asks_for(cli: Cli, overrides: list[str],
 
 def test_joined_text_and_chats(cli: Cli) -> None:
     write_every_source(cli.folder)
-    joined = cli("inspect", "base.yaml", "--json").json
+    finished = cli("inspect", "base.yaml", "--json")
+    joined = finished.json
+    assert "longer than" not in finished.stderr
     assert joined["chosen"] == "joined" and joined["useful_token_share"]["joined"] > 0.99
     template = f"data.chat_template={json.dumps(CHAT_TEMPLATE)}"
     chat = ["data.source=jsonl", "data.path=chats.jsonl", "data.format=chat", "data.train_on=assistant", template]
     found = cli("inspect", "base.yaml", *chat, "data.max_seq_len=64", "--json").json
     assert found["problems"]["missing_eos"] == found["documents"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_colours_only_where_they_are_wanted(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {"TERM": "xterm", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    token = InspectedToken("a", trained=False, special=False)
+    _print_samples(SimpleNamespace(first_samples=[[[token]]], chosen="padding"))  # type: ignore[arg-type]
+    shown = capsys.readouterr().out
+    assert ("‹a›" in shown) == bool(variables) == ("green" not in shown)
 
 
 def test_images_are_counted_by_class(cli: Cli) -> None:

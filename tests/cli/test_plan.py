@@ -58,7 +58,12 @@ def test_a_run_that_does_not_fit(big: Cli) -> None:
 def test_this_machine(cli: Cli) -> None:
     finished = cli("plan", "hardware.device=cpu")
     assert finished.exit_code == 0, finished.stderr
-    assert "cpu; none, eager" in finished.stdout and "--gpu-memory" in finished.stderr
+    assert "cpu; fp32, eager" in finished.stdout and "--gpu-memory" in finished.stderr
+
+
+def test_a_gpu_needs_its_memory(cli: Cli) -> None:
+    finished = cli("plan", "--gpu", "H200")
+    assert finished.exit_code == 2 and "--gpu H200 --gpu-memory 80GiB" in finished.stderr
 
 
 @pytest.mark.parametrize("size", ["many", "0GiB", "12XB", "-3GB"])

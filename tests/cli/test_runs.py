@@ -72,3 +72,5 @@ def test_no_runs_is_no_error(tmp_path: Path) -> None:
     missing = CliRunner().invoke(runs_app, ["list", str(tmp_path / "x")])
     assert missing.exit_code == 0 and "does not exist" in missing.stdout
     assert json.loads(CliRunner().invoke(runs_app, ["list", str(tmp_path), "--json"]).stdout) == []
+    (tmp_path / "file").touch()
+    assert "is no folder" in CliRunner().invoke(runs_app, ["list", str(tmp_path / "file")]).stdout

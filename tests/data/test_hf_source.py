@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from tests.data.stream_contract import check_cursors, read_shards
-from truthgpt.data import hf_dataset, hf_source
+from truthgpt.data import hf_source
 from truthgpt.data.base import IdentifiedSource, ImageFields, StreamSource
 from truthgpt.data.hf_source import HfImageSource, HfSource, open_rows
 from truthgpt.data.jsonl_source import JsonlSource
@@ -412,7 +412,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hf_dataset.urllib.request, "getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     asked: list[object] = []
 
     def no_connection(address: object, timeout: float) -> socket.socket:

@@ -89,6 +89,8 @@ BAD_LINES = [
     ('["text"]', 1, "a row must be a JSON object, found a list"),
     ("17", 1, "a row must be a JSON object, found a number"),
     ('{"body": "a", "id": 1}', 1, r"no field 'text', the row has 'body', 'id' \(set data.text_field\)"),
+    ('{"q": "a", "a": "b"}', 1, r"no field .*\(set data.text_field, or data.format: prompt_completion\)"),
+    ('{"messages": []}', 1, r"no field .*\(set data.text_field, or data.format: chat\)"),
     ("{}", 1, "no field 'text', the row has none"),
     ('{"id": 1, "text": null}', 11, "field 'text' must be a string, found null"),
     ('{"text": 3.5}', 2, "field 'text' must be a string, found a number"),
@@ -107,6 +109,13 @@ def test_bad_row_names_file_line_column_and_an_excerpt(file: Path, line: str, co
         read(file, '{"text": "fine"}\n\n' + line + "\n")
     assert repr(line[:60]) in str(error.value)
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(("name", "what"), [("rows.csv", "a .csv file"), ("rows.json", "a JSON array")])
+def test_files_of_another_kind_are_refused(tmp_path: Path, name: str, what: str) -> None:
+    (tmp_path / name).write_text(' [{"text": "a"}]')
+    with pytest.raises(DataError, match=rf"{name}: {what}, and jsonl reads JSON Lines; set data.source: hf"):
+        source(tmp_path / name)
 
 
 def test_invalid_utf8_names_byte_and_column(file: Path) -> None:

@@ -229,7 +229,7 @@ def test_of_two_processes_one_waits_for_the_other(tmp_path: Path) -> None:
     assert (first.exitcode, second.exitcode) == (0, 0)
     assert "tokenized 200 documents" in (tmp_path / "first").read_text()
     said = (tmp_path / "second").read_text()
-    assert "200 documents, 1000200 tokens, read from the cache" in said and "tokenized" not in said
+    assert "200 documents, 1,000,200 tokens, read from the cache" in said and "tokenized" not in said
     assert not list(cache.glob("tokens/.*"))
 
 

@@ -63,8 +63,20 @@ def test_folder_with_changes(tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.name_or_path: no model can be read from"):
-        load(str(tmp_path))
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    for place, problem in (
+        ("", "has no config.json"),
+        ("none", "does not exist"),
+        ("file", "is a file"),
+        ("run", f"is a run; its model is one folder below .set it to {tmp_path / 'run/model'}"),
+        ("run/model", "no model can be read from"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^model\.name_or_path: .*{problem}"):
+            load(str(tmp_path / place))
+    with pytest.raises(ConfigError, match=r"^model\.name_or_path: \./none does not exist"):
+        load("./none")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +85,6 @@ def test_nothing_there(tmp_path: Path) -> None:
 )
 def test_context(config: object, length: int) -> None:
     assert context_length(config) == length  # type: ignore[arg-type]
-    check_context(config, length)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=f"set data.max_seq_len to at most {length}"):
-        check_context(config, length + 1)  # type: ignore[arg-type]
+    check_context(config, length, from_scratch=True)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"set data.max_seq_len to at most {length}, or raise model.config"):
+        check_context(config, length + 1, from_scratch=True)  # type: ignore[arg-type]

@@ -129,6 +129,16 @@ def test_overwrite_leaves_a_directory_that_is_no_run_where_it_is(tmp_path: Path)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+@pytest.mark.parametrize("option", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_model_that_no_run_wrote_is_not_replaced(tmp_path: Path, option: dict[str, bool]) -> None:
+    (tmp_path / "model").mkdir()
+    claim(tmp_path, **option).release()
+    (tmp_path / "model/model.safetensors").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="choose another output_dir, or move that folder away"):
+        claim(tmp_path, **option)
+    assert (tmp_path / "model/model.safetensors").read_text() == "mine"
+
+
 def test_resume_and_overwrite_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="exclude"):
         claim(tmp_path / "run", resume=True, overwrite=True)

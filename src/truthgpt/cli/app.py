@@ -26,9 +26,12 @@ from truthgpt.cli.schema import schema
 from truthgpt.cli.serve import serve
 from truthgpt.cli.train import train
 from truthgpt.cli.validate import validate
-from truthgpt.errors import EXIT_PREEMPTED, Preempted, TruthGPTError
+from truthgpt.errors import EXIT_PREEMPTED, ConfigError, Preempted, TruthGPTError
 
 _EVERYWHERE = "Everywhere: --plugin MODULE loads a module that registers components; --debug shows tracebacks."
+
+_TAKE_KEYS = {"train", "validate", "inspect", "plan", "eval", "benchmark"}
+"""Commands that take `key=value`."""
 
 
 class _Commands(TyperGroup):
@@ -88,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own) and exit with the code of its outcome."""
     arguments = _global_first(sys.argv[1:] if argv is None else argv)
     try:
+        _refuse_keys_as_options(arguments)
         app(arguments, prog_name="truthgpt")
     except TruthGPTError as error:
         _show_traceback(arguments)
@@ -117,6 +121,20 @@ def _global_first(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     return [*first, *rest]
+
+
+def _refuse_keys_as_options(arguments: Sequence[str]) -> None:
+    """`--max_steps 3`, as other trainers have it: no option has an underscore or a dot in its name, but most keys do.
+
+    Raises:
+        ConfigError: a command that takes `key=value` is given such an option.
+    """
+    if not _TAKE_KEYS & set(arguments):
+        return
+    for argument in arguments[: arguments.index("--") if "--" in arguments else None]:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and ("_" in name or "." in name):
+            raise ConfigError(f"{name} is no option; a key is set without dashes, such as training.max_steps=100")
 
 
 def _show_traceback(arguments: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from truthgpt.cli.configuration import AllowPlugins, ConfigArguments, read_config
-from truthgpt.cli.output import emit_json
+from truthgpt.cli.output import emit_json, precision_label
 
 if TYPE_CHECKING:
     from truthgpt.benchmark_train import TrainBenchmark
@@ -80,7 +80,7 @@ def _facts(result: TrainBenchmark) -> list[tuple[str, str]]:
     first, last = result.windows[0], result.windows[-1]
     window_steps = max(window.steps for window in result.windows)
     facts = [
-        ("device", f"{result.hardware['name']}; {result.precision}, {layers}, {rows}"),
+        ("device", f"{result.hardware['name']}; {precision_label(result.precision)}, {layers}, {rows}"),
         ("measured", f"{result.steps} steps in windows of {window_steps}, {batches.tokens:,} {result.unit}{useful}"),
         ("start", f"{start.to_first_step_s:.1f} s to the end of step 1: {parts}"),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -102,7 +103,8 @@ def _print_ways(found: Inspection) -> None:
 
 
 def _print_samples(found: Inspection) -> None:
-    coloured = sys.stdout.isatty()
+    # https://no-color.org: what the variable holds does not matter, only that it is not empty.
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     if found.first_samples:
         legend = "green is trained, grey is not" if coloured else "‹masked› is not trained, the rest is"
         typer.echo(f"\n{legend}; ↵ is a line end")

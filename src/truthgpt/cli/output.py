@@ -47,6 +47,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def precision_label(precision: str) -> str:
+    """How a precision is called in what people read: `none`, no lower one than float32, is `fp32`."""
+    return "fp32" if precision == "none" else precision
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The CONFIG (the first argument without `=`, None when there is none) and the overrides (all others)."""
     for index, argument in enumerate(arguments):

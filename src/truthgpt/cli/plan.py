@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from truthgpt.cli.configuration import AllowPlugins, ConfigArguments, read_config
-from truthgpt.cli.output import emit_json, print_table, say
+from truthgpt.cli.output import emit_json, precision_label, print_table, say
 from truthgpt.cli.sizes import parse_size
-from truthgpt.errors import OutOfMemoryError
+from truthgpt.errors import ConfigError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from truthgpt.plan_run import RunPlan
 
 _GIB = 2**30
+_GPU = "H100"
 
 
 def plan(
@@ -22,17 +23,21 @@ def plan(
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Plan for a GPU of this memory, such as 80GiB, not this machine.")
     ] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="The GPU whose speed --gpu-memory plans with.")] = "H100",
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The GPU whose speed --gpu-memory plans with; default: H100.")
+    ] = None,
     allow_plugins: AllowPlugins = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Say what a run takes: memory by part, the way its steps are cut up, and time. Nothing is trained or read."""
+    if gpu is not None and gpu_memory is None:
+        raise ConfigError(f"--gpu is read with --gpu-memory only; give both, such as --gpu {gpu} --gpu-memory 80GiB")
     size = None if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory")
     config = read_config(arguments or [], allow_plugins)
 
     from truthgpt.plan_run import plan_run
 
-    found = plan_run(config, size, gpu)
+    found = plan_run(config, size, gpu or _GPU)
     if json_output:
         emit_json(found.to_json())
     else:
@@ -47,9 +52,10 @@ def _print(found: RunPlan) -> None:
     trained = f", {found.trainable_parameters:,} trained" if found.trainable_parameters < found.parameters else ""
     again = f", {found.checkpointed_layers} of {found.layers} layers computed again"
     cut = f"{found.grad_accum_steps} x {found.micro_batch_size} samples, {found.tokens_per_step:,} tokens"
+    layers = "compiled layers" if found.compiled else "eager"
     limit = "" if found.limit_bytes is None else f" of {_gib(found.limit_bytes)} that may be taken"
     lines = [
-        ("device", f"{found.device}; {found.precision}, {'compiled layers' if found.compiled else 'eager'}"),
+        ("device", f"{found.device}; {precision_label(found.precision)}, {layers}"),
         ("parameters", f"{found.parameters:,}{trained}"),
         ("a step", f"{cut}{again if found.checkpointed_layers else ''}"),
         ("peak", f"{_gib(found.peak_bytes)}{limit}, at {found.peak_moment}"),

@@ -34,7 +34,8 @@ def list_runs(
     elif rows:
         typer.echo(_table(rows))
     else:
-        typer.echo(f"no runs in {folder}" if folder.is_dir() else f"no runs: {folder} does not exist")
+        problem = "is no folder" if folder.exists() else "does not exist"
+        typer.echo(f"no runs in {folder}" if folder.is_dir() else f"no runs: {folder} {problem}")
 
 
 def collect_runs(folder: Path) -> list[dict[str, Any]]:

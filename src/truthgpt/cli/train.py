@@ -15,7 +15,7 @@ from truthgpt.cli.components import loaded_plugins
 from truthgpt.cli.configuration import AllowPlugins, ConfigArguments, load_listed_plugins
 from truthgpt.cli.output import emit_json, say, split_arguments
 from truthgpt.config.changes import compare_configs
-from truthgpt.errors import ConfigError, OutOfMemoryError, Problem
+from truthgpt.errors import CheckpointError, ConfigError, OutOfMemoryError, Problem
 
 if TYPE_CHECKING:
     from truthgpt.config.load import RawConfig
@@ -50,6 +50,7 @@ def train(
     console = attach_console(logging.INFO)
     try:
         raw, config = _load(arguments or [], resume, allow_plugins)
+        _refuse_missing_checkpoint(config)
         folder = Path(config.run_directory)
         with RunDirectory.claim(folder, resume=config.resume.enabled, overwrite=overwrite) as run, StopSignal() as stop:
             try:
@@ -80,16 +81,28 @@ def _resume_overrides(resume: str | None) -> list[str]:
     return [f"resume={json.dumps({'enabled': True, 'checkpoint_dir': resume})}"]
 
 
+def _refuse_missing_checkpoint(config: Config) -> None:
+    """A misspelt `--resume PATH`, before the data is read for it, and for a run that is complete too."""
+    named = config.resume.checkpoint_dir
+    if config.resume.enabled and named is not None and not Path(named).exists():
+        raise CheckpointError(
+            f"resume: {named} does not exist; give a checkpoint (.pt), a folder of them or a run directory, or auto "
+            f"for the newest of this run"
+        )
+
+
 def _train(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) -> None:
     """Train in a claimed run directory."""
     from truthgpt.runtime.run_log import attach_run_log, detach
 
     if config.resume.enabled:
+        changed = _accepted_changes(raw, config, run.path)
         if _is_complete(run, config):
             say(f"{run.path}: already complete; nothing to do")
             _say_next(config)
             return
-        _check_changes(raw, config, run.path)
+        if changed:
+            say(f"resuming with changed settings: {', '.join(changed)}")
     log = attach_run_log(run.log)
     try:
         trainer = _build(raw, config, run, stop)
@@ -133,15 +146,14 @@ def _is_complete(run: RunDirectory, config: Config) -> bool:
     return config.training.max_steps is not None and config.training.max_steps <= status["step"]
 
 
-def _check_changes(raw: RawConfig, config: Config, folder: Path) -> None:
-    """Refuse a resume that would continue another run; say what else changed."""
+def _accepted_changes(raw: RawConfig, config: Config, folder: Path) -> list[str]:
+    """What changed since the run started and may; a resume that would continue another run is refused."""
     if not (folder / "config.yaml").is_file():
-        return
+        return []
     changes = compare_configs(_saved_config(folder), config.model_dump(mode="json"))
     if changes.refused:
         raise ConfigError([_located(problem, raw) for problem in changes.refused])
-    if changes.said:
-        say(f"resuming with changed settings: {', '.join(changes.said)}")
+    return changes.said
 
 
 def _saved_config(folder: Path) -> Mapping[str, Any]:
@@ -151,12 +163,12 @@ def _saved_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _say_next(config: Config) -> None:
-    folder = config.run_directory
+    folder = shlex.quote(config.run_directory)
     commands = {}
     if config.model.task == "causal_lm":
         prompt = config.generate.prompts[0] if config.generate.prompts else "Once upon a time"
         commands[f"truthgpt generate {folder} --prompt {shlex.quote(prompt)}"] = "write with the model"
     commands[f"truthgpt eval {folder}"] = "its metrics on the validation split"
-    commands[f"truthgpt runs list {shlex.quote(str(Path(folder).parent))}"] = "all runs"
+    commands[f"truthgpt runs list {shlex.quote(str(Path(config.run_directory).parent))}"] = "all runs"
     width = max(map(len, commands))
     say("\nNext:\n" + "\n".join(f"  {command:{width}}  {what}" for command, what in commands.items()))

@@ -204,6 +204,8 @@ def _file_hint(path: Path, label: str) -> str:
     if path.is_dir():
         inside = path / "config.yaml"
         return f"use {inside}" if inside.is_file() else "name a YAML file, not a folder"
+    if label == "-":
+        return "standard input is /dev/stdin"
     presets = preset_names()
     near = difflib.get_close_matches(label, presets, n=1)
     if near:

@@ -34,6 +34,17 @@ ALIASES: dict[str, str] = {
 }
 """Second names of keys, accepted and rewritten on loading."""
 
+FOREIGN_VALUES: dict[str, str] = {
+    "alpaca": "prompt_completion",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "none",
+    "fp32": "none",
+    "gpu": "cuda",
+    "sharegpt": "chat",
+}
+"""What other trainers call a choice that is called otherwise here."""
+
 FOREIGN_NAMES: dict[str, str] = {
     "accumulate_grad_batches": "training.grad_accum_steps",
     "adam_beta1": "optimizer.betas",

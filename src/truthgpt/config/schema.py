@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from truthgpt.config.data_section import DataConfig
-from truthgpt.config.section import AutoBool, Component, Fraction, Label, NameList, Positive, Section
+from truthgpt.config.section import AutoBool, Component, Fraction, Label, LocalPath, NameList, Positive, Section
 
 
 class TokenizerConfig(Section):
@@ -23,7 +23,7 @@ class TokenizerConfig(Section):
     trained on the run's training split; `path`: a local tokenizer folder."""
     vocab_size: Annotated[int, Field(ge=257)] | None = None
     """Vocabulary size of a `bpe` tokenizer, at least 257 (256 bytes and the end-of-text token)."""
-    path: str | None = None
+    path: LocalPath | None = None
     """Folder of a saved tokenizer, for `type: path`."""
 
 
@@ -88,7 +88,7 @@ class ModelConfig(Section):
 
     task: Literal["causal_lm", "image_classification"] = "causal_lm"
     """What the model learns."""
-    name_or_path: str | None = None
+    name_or_path: LocalPath | None = None
     """Hub id or local folder of a transformers model."""
     init: Literal["auto", "pretrained", "scratch"] = "auto"
     """`pretrained` loads the weights of `name_or_path`, `scratch` starts from random ones; `auto`: pretrained
@@ -205,7 +205,7 @@ class ResumeConfig(Section):
 
     enabled: bool = False
     """Go on from the newest valid checkpoint of the run directory; without any, start fresh and say so."""
-    checkpoint_dir: str | None = None
+    checkpoint_dir: LocalPath | None = None
     """Checkpoint file, or folder whose newest valid checkpoint is used, instead of the run directory's own."""
 
 
@@ -225,7 +225,7 @@ class LoggingConfig(Section):
     """Project name for trackers."""
     run_name: Label | None = None
     """Run name for trackers; null: the top-level `run_name`."""
-    dir: str = "runs"
+    dir: LocalPath = "runs"
     """Folder of tracker files."""
 
 
@@ -263,7 +263,7 @@ class Config(Section):
     """Seed of everything random: initial weights, data order, dropout, samples."""
     run_name: Label = "llm_default"
     """Label of the run."""
-    output_dir: str | None = None
+    output_dir: LocalPath | None = None
     """Run directory; null: `runs/<run_name>`."""
     plugins: list[str] = []
     """Python modules whose components this YAML needs; imported only with `--allow-plugins`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 
 class Section(BaseModel):
@@ -44,6 +45,8 @@ def _as_list(value: object) -> object:
 
 
 _OneOrMoreTexts = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which a leading `~` is the home directory, as in a shell."""
 PathList = Annotated[list[str], BeforeValidator(_as_list), _OneOrMoreTexts]
 NameList = Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list), _OneOrMoreTexts]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]

@@ -11,9 +11,6 @@ import hashlib
 import json
 import logging
 import re
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from truthgpt.data.file_identity import READ_BYTES, content_fingerprint, stat_id
 from truthgpt.data.hf_diagnosis import find_mistake, format_suffix, is_json_lines
 from truthgpt.data.paths import resolve_files
 from truthgpt.errors import ConfigError, DataError, Problem
+from truthgpt.runtime.hub import unreachable
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, IterableDataset
@@ -45,8 +43,6 @@ SUFFIXES = (*FORMATS, *(f"{suffix}{packed}" for suffix in COMPRESSED_FORMATS for
 SETTINGS_OF_ANY_FILE = ("name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter")
 """Settings of the library's builders that leave JSON what it is, and CSV but for its delimiter."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-CONNECT_TIMEOUT_S = 3.0
-"""How long the hub may take to answer before the copy in the cache is used."""
 
 
 def import_datasets() -> Any:
@@ -345,7 +341,7 @@ def _cache_when_unreachable(name: str) -> Iterator[None]:
     import datasets
     from huggingface_hub import constants
 
-    reason = None if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
+    reason = None if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
     if reason is None:
         yield
         return
@@ -356,19 +352,6 @@ def _cache_when_unreachable(name: str) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _unreachable(endpoint: str) -> str | None:
-    """Why no connection can be made to `endpoint`; None when one can, or when a proxy stands between."""
-    if urllib.request.getproxies():
-        return None
-    address = urllib.parse.urlsplit(endpoint)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or endpoint, port), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        return str(error)
-    return None
 
 
 def _reason(error: BaseException) -> str:

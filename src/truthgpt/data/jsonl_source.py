@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_LINE_BYTES = 256 * 2**20
 """A longer line is refused, so that a file without line ends cannot fill the memory."""
 UTF8_CHARACTER_BYTES = 4
+_OTHER_KINDS = (".csv", ".tsv", ".parquet", ".arrow")
 
 
 class _DoubleKey(ValueError):
@@ -41,7 +43,7 @@ class JsonlSource:
         suffixes: endings of the files taken from a folder.
 
     Raises:
-        DataError: a path that matches no file.
+        DataError: a path that matches no file, or a file of another kind.
     """
 
     layout: Literal["stream", "rows"] = "rows"
@@ -50,6 +52,8 @@ class JsonlSource:
         self, paths: Sequence[str], fields: RowFields, bad_rows: BadRowPolicy, suffixes: tuple[str, ...] = SUFFIXES
     ) -> None:
         self._files = resolve_files(paths, suffix=suffixes)
+        for path in self._files:
+            _refuse_other_kind(path)
         self._fields = fields
         self._bad_rows = bad_rows
         self._reported = False
@@ -145,6 +149,19 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise _DoubleKey(next(name for name in names if names.count(name) > 1))
     return found
+
+
+def _refuse_other_kind(path: Path) -> None:
+    """A file that is not JSON Lines by its name, or an array in a `.json` file; what cannot be opened is said later."""
+    found = None
+    if path.suffix in _OTHER_KINDS:
+        found = f"a {path.suffix} file"
+    elif path.suffix == ".json":
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(64).removeprefix(UTF8_BOM).lstrip().startswith(b"["):
+                found = "a JSON array"
+    if found is not None:
+        raise DataError(f"{path}: {found}, and jsonl reads JSON Lines; set data.source: hf, which reads such files")
 
 
 _raw_decode = json.JSONDecoder(object_pairs_hook=_unique_keys).raw_decode

@@ -266,7 +266,12 @@ def json_type(value: object) -> str:
 
 def _missing(row: Mapping[str, Any], field: str, setting: str) -> str:
     there = ", ".join(map(repr, row)) or "none"
-    return f"no field {field!r}, the row has {there} (set data.{setting})"
+    fix = f"set data.{setting}"
+    if setting == "text_field" and any(isinstance(value, list) for value in row.values()):
+        fix += ", or data.format: chat"
+    elif setting == "text_field" and sum(isinstance(value, str) for value in row.values()) > 1:
+        fix += ", or data.format: prompt_completion"
+    return f"no field {field!r}, the row has {there} ({fix})"
 
 
 def _messages_of(row: Mapping[str, Any], field: str) -> list[dict[str, Any]]:

@@ -72,13 +72,19 @@ class RowDataset:
         max_seq_len: tokens of input at most; the label of the last one may be one token further.
         overlong: what happens to longer rows.
         documents: the rows themselves, only to name one that is too long in the error.
+        report: say what was cut and left out.
 
     Raises:
         DataError: a row that is too long, with `overlong: error`; or no sample left.
     """
 
     def __init__(
-        self, store: TokenStore, max_seq_len: int, overlong: Overlong, documents: Iterable[Document] | None = None
+        self,
+        store: TokenStore,
+        max_seq_len: int,
+        overlong: Overlong,
+        documents: Iterable[Document] | None = None,
+        report: bool = True,
     ) -> None:
         self.fingerprint = _fingerprint(store, f"rows {overlong}", max_seq_len)
         self._rows = store.meta.documents
@@ -96,7 +102,8 @@ class RowDataset:
         self._starts = starts[supervised]
         self.lengths: npt.NDArray[np.int32] = (lengths[supervised] - 1).astype(np.int32)
         """Input tokens of every sample, `(samples,)`."""
-        self._report(max_seq_len, overlong)
+        if report:
+            self._report(max_seq_len, overlong)
 
     def __len__(self) -> int:
         return len(self._starts)

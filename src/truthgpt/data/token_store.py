@@ -253,7 +253,7 @@ def _write_store(folder: Path, runs: Iterable[TokenRun], digest: str, dtype: str
             writer.finish(digest)
     store = TokenStore(folder)
     elapsed_s = time.monotonic() - started_s
-    logger.info("tokenized %d documents, %d tokens, in %.1f s", store.meta.documents, len(store), elapsed_s)
+    logger.info("tokenized %s, in %.1f s", _amount(store), elapsed_s)
     return store
 
 
@@ -263,8 +263,13 @@ def _open_cached(folder: Path) -> TokenStore | None:
         store = TokenStore(folder)
     except DataError:
         return None
-    logger.info("%d documents, %d tokens, read from the cache %s", store.meta.documents, len(store), folder)
+    logger.info("%s, read from the cache %s", _amount(store), folder)
     return store
+
+
+def _amount(store: TokenStore) -> str:
+    documents = store.meta.documents
+    return f"{documents:,} document{'' if documents == 1 else 's'}, {len(store):,} tokens"
 
 
 def _warn_if_damaged(folder: Path) -> None:

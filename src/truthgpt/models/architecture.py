@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -13,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from truthgpt.errors import ConfigError, Problem
+from truthgpt.runtime.hub import cache_when_unreachable
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ def load_architecture(
     """
     if name_or_path is None:
         return _from_scratch(overrides, kind)
+    _refuse_wrong_place(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        with cache_when_unreachable(name_or_path):
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
             [
@@ -71,22 +75,42 @@ def load_architecture(
     return _construct(type(config), {key: value for key, value in merged.items() if key != "model_type"})
 
 
+def _refuse_wrong_place(name_or_path: str) -> None:
+    """A path that holds no model, said in the words of the file system: transformers takes it for a hub id."""
+    place = Path(name_or_path)
+    suggestion = "give a local folder with a config.json, or a hub id while online"
+    if place.is_file():
+        found = "is a file"
+    elif place.is_dir():
+        if any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return
+        found = "has no config.json"
+        if (place / "model" / "config.json").is_file():
+            found, suggestion = "is a run; its model is one folder below", f"set it to {place / 'model'}"
+    elif place.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
+        found = "does not exist" if place.is_absolute() else f"does not exist in {Path.cwd()}"
+    else:
+        return  # a hub id
+    raise ConfigError([Problem("model.name_or_path", f"{name_or_path} {found}", suggestion=suggestion)])
+
+
 def context_length(architecture: PreTrainedConfig) -> int | None:
     """Positions the model can tell apart; None when its configuration does not limit them."""
     length = getattr(architecture, "max_position_embeddings", None)
     return int(length) if isinstance(length, int) and length > 0 else None
 
 
-def check_context(architecture: PreTrainedConfig, max_seq_len: int) -> None:
-    """Raise ConfigError when samples would be longer than the model's context."""
+def check_context(architecture: PreTrainedConfig, max_seq_len: int, from_scratch: bool) -> None:
+    """Raise ConfigError when samples would be longer than the model's context; one from scratch can be given more."""
     limit = context_length(architecture)
     if limit is not None and max_seq_len > limit:
+        longer = ", or raise model.config.max_position_embeddings" if from_scratch else ""
         raise ConfigError(
             [
                 Problem(
                     key="data.max_seq_len",
                     message=f"{max_seq_len} tokens do not fit the model's {limit} positions",
-                    suggestion=f"set data.max_seq_len to at most {limit}",
+                    suggestion=f"set data.max_seq_len to at most {limit}{longer}",
                 )
             ]
         )

@@ -30,6 +30,7 @@ from truthgpt.models.output_head import last_hidden_states, output_head
 from truthgpt.models.quantized_base import nf4_config, prepare_quantized
 from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.flops import weight_count
+from truthgpt.runtime.hub import cache_when_unreachable
 from truthgpt.runtime.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -83,15 +84,16 @@ def load_causal_lm(
     if quantized_on is not None:
         quantized = {"quantization_config": nf4_config(dtype), "device_map": {"": quantized_on}}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            config=architecture,
-            output_loading_info=True,
-            attn_implementation=attention,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            **quantized,
-        )
+        with cache_when_unreachable(name_or_path):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name_or_path,
+                config=architecture,
+                output_loading_info=True,
+                attn_implementation=attention,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                **quantized,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         message = f"no weights can be loaded from {name_or_path!r}: {reason}"

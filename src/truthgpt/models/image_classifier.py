@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from truthgpt.data.base import IGNORED_LABEL, Batch, LossAndLogits
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.models.architecture import ModelKind, load_architecture
+from truthgpt.runtime.hub import cache_when_unreachable
 from truthgpt.runtime.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def load_image_classifier(
         ConfigError: no weights at `name_or_path`, or weights that do not fit `architecture` (the head's aside).
     """
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), cache_when_unreachable(name_or_path):
             torch.manual_seed(derive_seed(seed, "initial weights"))
             model, report = AutoModelForImageClassification.from_pretrained(
                 name_or_path,

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from truthgpt.errors import ConfigError, DataError, Problem
+from truthgpt.runtime.hub import cache_when_unreachable
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -53,7 +54,8 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
         ConfigError: nothing there, no fast tokenizer, an empty one, or no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        with cache_when_unreachable(name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise _problem(f"no tokenizer can be read from {name_or_path!r}: {reason}") from error

@@ -76,16 +76,22 @@ class RunDirectory:
         `<name>.old-<UTC time>`, never deleted. Temporary files of killed processes are removed.
 
         Raises:
-            RunDirectoryError: `path` is a file, cannot be written, is in use by another process, or was used before
-                and neither `resume` nor `overwrite` is given.
+            RunDirectoryError: `path` is a file, cannot be written, is in use by another process, was used before and
+                neither `resume` nor `overwrite` is given, or holds a `model/` of something else.
         """
         if resume and overwrite:
             raise RunDirectoryError(f"{path}: --resume and --overwrite exclude each other; give one of them")
         lock = _enter(path)
         try:
-            if overwrite and is_run_directory(path):
+            used = is_run_directory(path)
+            if not used and _holds_anything(path / "model"):
+                raise RunDirectoryError(
+                    f"{path / 'model'} is of no run in {path}, and this run's model would take its place; choose "
+                    "another output_dir, or move that folder away"
+                )
+            if overwrite and used:
                 lock = _move_aside(path, lock)
-            elif not resume and is_run_directory(path):
+            elif not resume and used:
                 raise RunDirectoryError(
                     f"{path} holds a run already; go on with it (--resume auto), move it aside and start anew "
                     "(--overwrite), or choose another output_dir"
@@ -155,6 +161,10 @@ class RunDirectory:
 def is_run_directory(path: Path) -> bool:
     """Whether `path` holds anything that a run writes."""
     return any((path / mark).exists() for mark in _MARKS)
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def is_in_use(path: Path) -> bool:
