@@ -157,14 +157,16 @@ class GenericTrainer:
     def _boundary(self) -> None:
         """Between two steps: log, evaluate, save what is due. The end of a run is a boundary like any other."""
         self._note_limits()
-        log_due = self._due(self.settings.log_interval, first=True)
-        if log_due and not self.state.pending_evaluation:  # a resumed evaluation's step was logged before the stop
+        log_due, pending = self._due(self.settings.log_interval, first=True), self.state.pending_evaluation
+        if log_due and not pending:  # a resumed evaluation's step was logged before the stop
             self._log()
-        improved = self._evaluate() if self._due(self.settings.eval_interval) else False
+        # A pending one is done though it may no longer be due: the run was made longer, or the interval another.
+        improved = self._evaluate() if pending or self._due(self.settings.eval_interval) else False
         if self._is_over() and not log_due:  # early stopping: the last step is always logged
             self._log()
         asked_to_stop = self.parts.stop.requested
-        if improved or asked_to_stop or self._due(self.settings.checkpoint_interval):
+        # Without the save behind a pending evaluation the next resume would do it, and log it, once more.
+        if improved or pending or asked_to_stop or self._due(self.settings.checkpoint_interval):
             self._save(best=improved)
         if asked_to_stop and (self.state.pending_evaluation or not self._is_over()):
             raise Preempted(f"stopped by {self.parts.stop.name} after step {self.state.step}, and saved")
@@ -213,6 +215,7 @@ class GenericTrainer:
         """Evaluate the averaged weights; whether they are the best so far."""
         evaluator, engine = self.parts.evaluator, self.parts.engine
         if evaluator is None:
+            self.state = dataclasses.replace(self.state, pending_evaluation=False)
             return False
         with self.parts.meter.paused(), engine.ema.applied():
             try:
