@@ -271,6 +271,18 @@ def test_best_and_patience(
         assert state.stop_reason is not None and "patience" in state.stop_reason
 
 
+def test_another_metric_to_select_by_finds_its_own_best(tmp_path: Path) -> None:
+    """A perplexity that no accuracy exceeds would end the resumed run by its patience."""
+    usual = ("training.eval_interval=1", "training.early_stopping_patience=2", "training.callbacks=[]")
+    metrics = (*usual, "eval.metrics=[ppl, scripted]")
+    with registered(METRICS, "scripted", scripted_metric([0.1, 0.2], "max")):
+        build_small_trainer(tmp_path, "training.max_steps=2", *metrics).train()
+    more = ("training.max_steps=4", "eval.select_best_by=scripted", "resume.enabled=true")
+    with registered(METRICS, "scripted", scripted_metric([0.3, 0.4], "max")):
+        state = build_small_trainer(tmp_path, *more, *metrics).train()
+    assert (state.best_metric, state.best_step, state.stop_reason) == (0.4, 4, None)
+
+
 def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:
     """Dropout, order and weights are the same whether a run is evaluated, sampled, logged and saved or not."""
     ends = []

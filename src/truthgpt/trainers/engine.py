@@ -196,8 +196,8 @@ class TrainEngine:
         seed = state["rng"]["seed"]
         if seed != self._settings.seed:
             raise CheckpointError(
-                f"the checkpoint is of a run with seed {seed}, this one has {self._settings.seed}: the order of the data "
-                f"and dropout would be neither's. Set seed: {seed}, or start a new run without a checkpoint"
+                f"the checkpoint is of a run with seed {seed}, this one has {self._settings.seed}: the order of the "
+                f"data and dropout would be neither's. Set seed: {seed}, or start a new run without a checkpoint"
             )
         _refuse_other_model(trained_state(self.model), state["model"])
         load_trained_state(self.model, state["model"])
@@ -233,8 +233,8 @@ def _only_once(step: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
-            f"out of memory in the update of step {step + 1}: {str(error).splitlines()[0]} Smaller micro-batches do not "
-            "help: it takes memory for the optimizer and the average of the weights. Set ema.on_cpu=true, another "
+            f"out of memory in the update of step {step + 1}: {str(error).splitlines()[0]} Smaller micro-batches do "
+            "not help: the optimizer and the average of the weights take it. Set ema.on_cpu=true, another "
             "optimizer.type, model.lora.enabled=true, or choose a smaller model. The last checkpoint is untouched"
         ) from error
 

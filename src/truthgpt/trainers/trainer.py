@@ -253,6 +253,7 @@ class GenericTrainer:
         return {
             "state": {
                 **self.state.to_dict(),
+                "best_by": parts.evaluator.selected_by if parts.evaluator else None,
                 "meter": parts.meter.state_dict(),
                 "guard": parts.engine.guard.state_dict(),
                 "plan": dataclasses.asdict(parts.plan.plan),
@@ -280,9 +281,22 @@ class GenericTrainer:
             raise CheckpointError(f"{path}: the loop state has no {error}") from error
         self.parts.callbacks.load_state_dict(payload["callbacks"])
         self.state = dataclasses.replace(saved, max_steps=self.settings.max_steps)
+        self._forget_best_of(payload["state"].get("best_by"))
         self.parts.engine.set_learning_rate(max(self.state.step - 1, 0))  # what a log line due now would show
         self._note_limits()  # a limit that was raised since no longer ends the run
         self.parts.metrics_log.cut_after(self.state.step)
+
+    def _forget_best_of(self, metric: str | None) -> None:
+        """Values of the restored run's `metric` (None: not known) are not compared with those of another one."""
+        evaluator = self.parts.evaluator
+        if evaluator is None or metric in (None, evaluator.selected_by):
+            return
+        logger.warning(
+            "eval.select_best_by is %s now and was %s: the best so far is forgotten", evaluator.selected_by, metric
+        )
+        self.state = dataclasses.replace(
+            self.state, best_metric=None, best_step=None, evaluations_without_improvement=0
+        )
 
     def start_over(self) -> None:
         """Say that there is nothing to resume, and begin at step 0."""
