@@ -316,6 +316,6 @@ def _known_run_id(path: Path) -> str | None:
 def _read_object(path: Path) -> dict[str, Any] | None:
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None

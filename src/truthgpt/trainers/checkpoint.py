@@ -372,7 +372,7 @@ def _read_manifest(path: Path) -> Manifest:
         manifest = Manifest(**json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise _Invalid(f"has no manifest ({path.name})") from None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise _Invalid(f"has a damaged or foreign manifest ({path.name})") from None
     of_step = _STEP_NAME.fullmatch(path.name)
     complete = isinstance(manifest.size_bytes, int) and isinstance(manifest.run_id, str)
