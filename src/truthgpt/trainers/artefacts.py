@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from truthgpt.models.lora import (
@@ -19,7 +24,8 @@ from truthgpt.models.lora import (
     save_adapters,
 )
 from truthgpt.models.trained_weights import adapter_weights, base_state, load_trained_state
-from truthgpt.runtime.atomic_file import write_atomic
+from truthgpt.runtime.atomic_file import commit_file, disk_errors, temporary_beside, write_atomic
+from truthgpt.trainers.checkpoint_payload import write_payload
 
 _CARD = """---
 library_name: {library}
@@ -50,6 +56,7 @@ base = {model_class}.from_pretrained({base!r})
 """
 _RESIZE = "base.resize_token_embeddings(len(processor))  # the adapters train new tokens\n"
 _TEXT_CLASSES = ("AutoModelForCausalLM", "AutoTokenizer")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _IMAGE_CLASSES = ("AutoModelForImageClassification", "AutoImageProcessor")
 
 
@@ -113,12 +120,14 @@ class ModelArtefacts:
 
     def save_description(self) -> None:
         """Configuration, generation configuration and tokenizer or image processor."""
-        _save_description(self._model, self._folder)
-        self._processor.save_pretrained(self._folder)
+        with _written_whole(self._folder) as folder:
+            _save_description(self._model, folder)
+            self._processor.save_pretrained(folder)
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """See `Artefacts`."""
-        _save_model(self._model, self._folder, self._model.state_dict(), self._safetensors)
+        with _weights_errors(self._folder):
+            _save_model(self._model, self._folder, self._model.state_dict(), self._safetensors)
         model_class, processor_class = _TEXT_CLASSES if self._model.can_generate() else _IMAGE_CLASSES
         what = f"A {self._model.config.model_type} model with {self._model.num_parameters():,} parameters"
         usage = _USAGE.format(model_class=model_class, processor_class=processor_class)
@@ -152,16 +161,18 @@ class AdapterArtefacts:
 
     def save_description(self) -> None:
         """The base's configuration, the adapters' one, generation configuration and tokenizer."""
-        _save_description(self._model, self._folder)
-        save_adapter_config(self._model, self._folder, self._base())
-        self._processor.save_pretrained(self._folder)
+        with _written_whole(self._folder) as folder:
+            _save_description(self._model, folder)
+            save_adapter_config(self._model, folder, self._base())
+            self._processor.save_pretrained(folder)
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """See `Artefacts`."""
-        if self._own_base is not None:
-            self._own_base.mkdir(exist_ok=True)
-            _save_model(self._model, self._own_base, base_state(self._model), self._safetensors)
-        save_adapters(self._model, self._folder, self._safetensors)
+        with _weights_errors(self._folder):
+            if self._own_base is not None:
+                self._own_base.mkdir(exist_ok=True)
+                _save_model(self._model, self._own_base, base_state(self._model), self._safetensors)
+            save_adapters(self._model, self._folder, self._safetensors)
         model_class, processor_class = _TEXT_CLASSES
         parameters = sum(weight.numel() for weight in adapter_weights(self._model).values())
         method, kind = method_name(self._model), self._model.config.model_type
@@ -173,6 +184,40 @@ class AdapterArtefacts:
 
     def _base(self) -> str:
         return str(base_name(self._model) if self._own_base is None else self._own_base.absolute())
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder whose files take their places in `folder` at the end, each whole: a resume reads the tokenizer there.
+
+    Raises:
+        RunDirectoryError: the disk is full or not writable.
+    """
+    temporary = temporary_beside(folder)
+    with disk_errors(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                commit_file(path, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _weights_errors(folder: Path) -> Iterator[None]:
+    """`disk_errors` of the body, those that safetensors has told in its own words too."""
+    with disk_errors(folder):
+        try:
+            yield
+        except SafetensorError as error:
+            found = _OS_ERROR.search(str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _save_description(model: PreTrainedModel, folder: Path) -> None:
@@ -188,7 +233,7 @@ def _save_model(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
         model.save_pretrained(folder, state_dict=dict(state))
     else:
         _save_description(model, folder)
-        torch.save(dict(state), folder / "pytorch_model.bin")
+        write_payload(dict(state), folder / "pytorch_model.bin")
 
 
 def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any], averaged: bool = True) -> None:
