@@ -16,7 +16,7 @@ import torch
 
 from truthgpt.callbacks.base import CallbackList
 from truthgpt.data.base import GlobalBatch, TrainLoader
-from truthgpt.errors import CheckpointError, OutOfMemoryError, Preempted
+from truthgpt.errors import CheckpointError, DataError, OutOfMemoryError, Preempted
 from truthgpt.memory.base import EVERY_LAYER
 from truthgpt.memory.step_down import PlanInUse
 from truthgpt.runtime.metrics_log import MetricsLog
@@ -63,6 +63,8 @@ class TrainerParts:
     """What `on_start` tells the callbacks about the run."""
     plan: PlanInUse
     """How a step is cut up, kept with every checkpoint: a resumed run goes on with it."""
+    validation: str | None
+    """Fingerprint of what is evaluated on; None without a validation split."""
 
 
 class GenericTrainer:
@@ -253,6 +255,7 @@ class GenericTrainer:
         return {
             "state": {
                 **self.state.to_dict(),
+                "validation": parts.validation,
                 "best_by": parts.evaluator.selected_by if parts.evaluator else None,
                 "meter": parts.meter.state_dict(),
                 "guard": parts.engine.guard.state_dict(),
@@ -272,6 +275,7 @@ class GenericTrainer:
         """
         payload = self.parts.checkpoints.load(path)
         self.parts.loader.load_state_dict(payload["data"])
+        self._check_validation(payload["state"].get("validation"))
         self.parts.engine.load_state_dict(payload)
         try:
             saved = TrainState.from_dict(payload["state"])
@@ -285,6 +289,16 @@ class GenericTrainer:
         self.parts.engine.set_learning_rate(max(self.state.step - 1, 0))  # what a log line due now would show
         self._note_limits()  # a limit that was raised since no longer ends the run
         self.parts.metrics_log.cut_after(self.state.step)
+
+    def _check_validation(self, then: str | None) -> None:
+        """Values on other data are no better or worse than those before; of a run without any there is none."""
+        now = self.parts.validation
+        if then is not None and now is not None and then != now:
+            raise DataError(
+                f"the validation data is not what this run was evaluated on: fingerprint {then[:12]} then, {now[:12]} "
+                "now. Restore its files, data.validation_path or data.validation_split, or start a new run in another "
+                "output_dir"
+            )
 
     def _forget_best_of(self, metric: str | None) -> None:
         """Values of the restored run's `metric` (None: not known) are not compared with those of another one."""
