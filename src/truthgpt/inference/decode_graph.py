@@ -43,7 +43,9 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, int], CapturedPass] = {}
         self._tables = _Tables()
 
-    def logits(self, sequences: Sequence[KeptTokens], ahead: tuple[torch.Tensor, Sequence[int]] | None) -> torch.Tensor:
+    def logits(
+        self, sequences: Sequence[KeptTokens], ahead: tuple[torch.Tensor, Sequence[int]] | None
+    ) -> torch.Tensor:
         """Logits `(B, V)` behind the next token of each, which has its place in the cache; valid until the next call.
 
         Args:
