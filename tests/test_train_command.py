@@ -196,6 +196,15 @@ def test_a_torn_configuration_is_named(base: Cli) -> None:
     assert refused.exit_code == 2 and "config.yaml is damaged" in refused.stderr, refused.stderr
 
 
+def test_json_of_a_resume_that_fails_before_it_begins(base: Cli) -> None:
+    """The status that stands in the directory is of the run before, which ended well."""
+    train(base, "training.max_steps=2")
+    (base.folder / "corpus.txt").write_text("Another text.\n" * 300)
+    refused = base("train", "base.yaml", "training.max_steps=4", "--resume", "auto", "--json")
+    assert refused.exit_code == 3 and refused.json is None
+    assert json.loads((base.folder / "runs/t/status.json").read_text())["state"] == "complete"
+
+
 def test_early_stopping(base: Cli) -> None:
     """A learning rate of nearly nothing: with ppl equal to seven digits no evaluation is better for long."""
     arguments = ("training.early_stopping_patience=2", "training.eval_interval=3", "training.log_interval=100")

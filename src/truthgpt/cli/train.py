@@ -52,11 +52,13 @@ def train(
         raw, config = _load(arguments or [], resume, allow_plugins)
         folder = Path(config.run_directory)
         with RunDirectory.claim(folder, resume=config.resume.enabled, overwrite=overwrite) as run, StopSignal() as stop:
+            status = run.written_status  # of a command that fails before the run begins, no earlier one is the status
             try:
                 _train(raw, config, run, stop)
+                status = run.read_status
             finally:
                 if json_output:
-                    emit_json(run.read_status())
+                    emit_json(status())
     finally:
         detach(console)
 
