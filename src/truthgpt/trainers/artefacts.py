@@ -193,7 +193,7 @@ def _written_whole(folder: Path) -> Iterator[Path]:
     Raises:
         RunDirectoryError: the disk is full or not writable.
     """
-    temporary = temporary_beside(folder)
+    temporary = temporary_beside(folder / "description")  # inside, should `folder` be a link to another disk
     with disk_errors(folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
