@@ -48,6 +48,20 @@ def test_weights_and_card(tmp_path: Path, model: GPT2LMHeadModel, safetensors: b
         assert fact in card
 
 
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_weights_in_the_other_format_are_not_left_to_be_read(
+    tmp_path: Path, model: GPT2LMHeadModel, safetensors: bool
+) -> None:
+    """A run is resumed to more steps, with another `training.save_safetensors`."""
+    artefacts(tmp_path, model, not safetensors).save_weights({"step": 30, "best_metric": 2.5})
+    with torch.no_grad():
+        model.transformer.wte.weight += 1.0
+    artefacts(tmp_path, model, safetensors).save_weights({"step": 60, "best_metric": 2.5})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(theirs.transformer.wte.weight, model.transformer.wte.weight)
+    assert len([path for path in tmp_path.iterdir() if path.suffix in (".bin", ".safetensors")]) == 1
+
+
 def test_average_replaces_the_weights_it_has(model: GPT2LMHeadModel) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     average = {"transformer.wte.weight": torch.full_like(model.transformer.wte.weight, 3.0)}

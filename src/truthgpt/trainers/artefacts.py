@@ -56,6 +56,7 @@ base = {model_class}.from_pretrained({base!r})
 """
 _RESIZE = "base.resize_token_embeddings(len(processor))  # the adapters train new tokens\n"
 _TEXT_CLASSES = ("AutoModelForCausalLM", "AutoTokenizer")
+_BIN_FILE = "pytorch_model.bin"
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _IMAGE_CLASSES = ("AutoModelForImageClassification", "AutoImageProcessor")
 
@@ -233,7 +234,10 @@ def _save_model(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
         model.save_pretrained(folder, state_dict=dict(state))
     else:
         _save_description(model, folder)
-        write_payload(dict(state), folder / "pytorch_model.bin")
+        write_payload(dict(state), folder / _BIN_FILE)
+    # Of a run that ended before with the other setting; transformers would read these in place of the new ones.
+    for path in folder.glob("model*.safetensors*") if not safetensors else [folder / _BIN_FILE]:
+        path.unlink(missing_ok=True)
 
 
 def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any], averaged: bool = True) -> None:
