@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,10 @@ def test_checkpoint_of_another_model(cli: Cli) -> None:
     before = digests(run)
     model = "{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 16, n_positions: 64}"
     arguments = ("base.yaml", f"model.config={model}", "output_dir=other")
-    finished = cli("train", *arguments, "--resume", "runs/t/checkpoints/last.pt")
-    refused(finished, 4, "is of another model: ", "(257, 32)", "(257, 16)")
+    in_its_run = cli("train", *arguments, "--resume", "runs/t/checkpoints/last.pt")
+    refused(in_its_run, 2, "model.config.n_embd: changed since the run started: 32 -> 16")
+    shutil.copytree(run / "checkpoints", cli.folder / "copied")
+    refused(cli("train", *arguments, "--resume", "copied/last.pt"), 4, "of another model: ", "(257, 32)", "(257, 16)")
     assert digests(run) == before and not is_run_directory(cli.folder / "other")
     refused(cli("train", "base.yaml", "output_dir=other", "--resume", "runs/nothing"), 4, "runs/nothing does not exist")
     (cli.folder / "empty").mkdir()

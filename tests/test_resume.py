@@ -103,6 +103,15 @@ def test_signal_saves_and_resumes_exactly(cli: Cli, when: str, name: str) -> Non
     assert_same_run(cli.folder / "straight", cli.folder / "resumed", 40)
 
 
+def test_a_stop_ends_the_loader_processes(cli: Cli) -> None:
+    """Those of the validation loader live on between evaluations. A process of `multiprocessing`, as this one is, waits
+    for its children before it ends, and they ignore the SIGTERM that it sends them."""
+    write_sources(cli.folder)
+    command = ["train", "base.yaml", *PLUGIN, *SOURCES["jsonl"], "data.num_workers=1", "training.eval_interval=3"]
+    stopped = cli.start(*command, env={"KILL_AT": "on_step:5", "KILL_SIGNAL": "SIGTERM"}).wait(timeout_s=30)
+    assert stopped.exit_code == 143, stopped.stderr
+
+
 def test_stop_inside_the_evaluation_that_ends_the_run_early(cli: Cli) -> None:
     """The resumed run does that evaluation, stops early, and logs a last row that was not due: the same row."""
     write_sources(cli.folder)

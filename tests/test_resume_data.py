@@ -145,6 +145,27 @@ def test_changed_data_is_refused_on_resume(
         trainer_of(tmp_path, data, "resumed", resume={"enabled": True, "checkpoint_dir": str(checkpoint)})
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_changed_validation_data_is_refused_on_resume(
+    tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One letter again: values on other data would be compared with the best so far. Where it lies does not matter."""
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    write_every_source(tmp_path)
+    held, training = tmp_path / "held.jsonl", {"source": "jsonl", "path": "rows/*.jsonl", "streaming": streaming}
+    held.write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    straight = trainer_of(tmp_path, {**training, "validation_path": "held.jsonl"}, "straight")
+    straight.train()
+    step = str(straight.parts.checkpoints.folder / f"step_{AT:08d}.pt")
+    resume = {"enabled": True, "checkpoint_dir": step}
+    moved = trainer_of(tmp_path, {**training, "validation_path": "rows.jsonl"}, "moved", resume=resume)
+    assert moved.state.step == AT
+    held.write_text(held.read_text().replace("q", "Q", 1))
+    with pytest.raises(DataError, match="the validation data is not what this run was evaluated on"):
+        trainer_of(tmp_path, {**training, "validation_path": "held.jsonl"}, "resumed", resume=resume)
+
+
 def _change_one_letter(folder: Path, name: str) -> None:
     if name in ("jsonl", "text"):
         path = folder / ("rows/1.jsonl" if name == "jsonl" else "corpus.txt")

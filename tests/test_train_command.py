@@ -165,6 +165,53 @@ def test_resume_keys_of_the_yaml_and_never(base: Cli) -> None:
     assert base("train", "base.yaml", "training.max_steps=8", "resume.enabled=true", "--resume", "never").exit_code == 6
 
 
+def test_a_checkpoint_of_a_run_that_was_another_is_refused(base: Cli) -> None:
+    """It is compared with its own run, which is not in this one's directory."""
+    train(base, "training.max_steps=5")
+    checkpoint = str(base.folder / "runs/t/checkpoints/step_00000005.pt")
+    for change in ("seed=8", "model.config.activation_function=relu"):
+        more = ("training.max_steps=6", "output_dir=branch", change)
+        refused = base("train", "base.yaml", *more, "--resume", checkpoint)
+        assert refused.exit_code == 2 and "changed since the run started" in refused.stderr, refused.stderr
+    assert "resuming with changed settings: training.max_steps 5 -> 6" in (
+        train(base, "training.max_steps=6", "output_dir=branch", "--resume", checkpoint).stderr
+    )
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.yaml"])
+def test_a_finished_run_with_a_lost_document_goes_on(base: Cli, name: str) -> None:
+    train(base, "training.max_steps=2")
+    run = base.folder / "runs/t"
+    (run / "status.json").write_text("{}") if name == "status.json" else (run / name).unlink()
+    train(base, "training.max_steps=2", "--resume", "auto")
+    assert json.loads((run / "status.json").read_text())["state"] == "complete" and (run / "config.yaml").is_file()
+
+
+def test_a_run_older_than_a_key_is_complete_all_the_same(base: Cli) -> None:
+    train(base, "training.max_steps=2")
+    config = base.folder / "runs/t/config.yaml"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if "max_time_s" not in line))
+    assert "already complete" in train(base, "training.max_steps=2", "--resume", "auto").stderr
+
+
+def test_a_torn_configuration_is_named(base: Cli) -> None:
+    train(base, "training.max_steps=2")
+    config = base.folder / "runs/t/config.yaml"
+    config.write_text(config.read_text().partition("\ntraining:")[0])
+    refused = base("train", "base.yaml", "training.max_steps=3", "--resume", "auto")
+    assert refused.exit_code == 2 and "config.yaml is damaged" in refused.stderr, refused.stderr
+
+
+def test_json_of_a_resume_that_fails_before_it_begins(base: Cli) -> None:
+    """The status that stands in the directory is of the run before, which ended well."""
+    train(base, "training.max_steps=2")
+    (base.folder / "corpus.txt").write_text("Another text.\n" * 300)
+    refused = base("train", "base.yaml", "training.max_steps=4", "--resume", "auto", "--json")
+    assert refused.exit_code == 3 and refused.json is None
+    assert json.loads((base.folder / "runs/t/status.json").read_text())["state"] == "complete"
+
+
 def test_early_stopping(base: Cli) -> None:
     """A learning rate of nearly nothing: with ppl equal to seven digits no evaluation is better for long."""
     arguments = ("training.early_stopping_patience=2", "training.eval_interval=3", "training.log_interval=100")

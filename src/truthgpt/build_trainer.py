@@ -116,6 +116,7 @@ def _build(
             # What adapters share of their inputs cannot be computed again in compiled layers.
             may_checkpoint=not has_adapters(components.model),
         ),
+        validation=components.eval_loader.fingerprint if components.eval_loader is not None else None,
     )
     trainer = GenericTrainer(parts, _settings(config, components))
     if config.resume.enabled:

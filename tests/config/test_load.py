@@ -106,6 +106,7 @@ def test_extends_of_an_impossible_path(tmp_path: Path) -> None:
     assert "null byte" in found
     (tmp_path / "loop").symlink_to("loop")
     assert "cannot be read" in refused({"extends": str(tmp_path / "loop")})[0]
+    assert "cannot be read: File name too long" in refused({"extends": "x" * 300})[0]
 
 
 def test_mistakes_of_files_in_a_circle_are_reported_once(tmp_path: Path) -> None:

@@ -50,6 +50,14 @@ def test_nothing_found_names_the_pattern(tree: Path, pattern: str) -> None:
         resolve_files([])
 
 
+@pytest.mark.parametrize(("pattern", "said"), [("", "the path is empty"), ("a long name " * 50, "cannot be looked at")])
+def test_what_is_no_path_is_said(tree: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, said: str) -> None:
+    """An empty one (`data.path=$UNSET`) is not the working directory."""
+    monkeypatch.chdir(tree)
+    with pytest.raises(DataError, match=said):
+        resolve_files([pattern])
+
+
 def test_keys_do_not_depend_on_where_the_folder_stands(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     keys = file_keys(resolve_files([str(tree)]))
     moved = tmp_path_factory.mktemp("moved") / "there"

@@ -120,6 +120,14 @@ def saved(model: Any, base: PreTrainedModel, folder: Path, as_safetensors: bool 
 
 
 @pytest.mark.parametrize("as_safetensors", [True, False])
+def test_saved_again_in_the_other_format_is_what_is_read(tmp_path: Path, as_safetensors: bool) -> None:
+    model = adapted(model_of(SHAPES["llama"], "sdpa"), settings(), share=False)
+    save_adapters(model, tmp_path, not as_safetensors)
+    save_adapters(model, tmp_path, as_safetensors)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors" if as_safetensors else ".bin"]
+
+
+@pytest.mark.parametrize("as_safetensors", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_saved_for_peft_and_for_us(tmp_path: Path, family: str, method: Method, as_safetensors: bool) -> None:

@@ -86,6 +86,7 @@ def test_only_temporaries_are_removed(tmp_path: Path) -> None:
     for name in [*kept, ".f.tmp-host-1", ".step_1.pt.tmp-a-b-22"]:
         (tmp_path / name).write_text("")
     (tmp_path / ".l.tmp-host-2").symlink_to(tmp_path / "f")
+    (tmp_path / ".d.tmp-host-3/inside").mkdir(parents=True)
     remove_temporaries(tmp_path)
     remove_temporaries(tmp_path / "missing")
     assert names(tmp_path) == sorted(kept)

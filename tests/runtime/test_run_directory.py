@@ -272,17 +272,13 @@ def test_the_status_says_all_there_is_to_know(tmp_path: Path) -> None:
     assert read_status(tmp_path / "nowhere") is None
 
 
-def test_a_failure_keeps_what_was_known_of_the_run(tmp_path: Path) -> None:
+def test_the_status_of_an_earlier_process_is_not_this_one_s(tmp_path: Path) -> None:
     with claim(tmp_path) as run:
-        run.record_failure("no data", 3)
-        first = run.read_status()
+        assert run.written_status() is None
         run.write_status(RunStatus("running", 3, 9, 1.5, 2))
-        run.record_failure("disk", 6)
-        second = run.read_status()
-    assert first is not None and (first["state"], first["step"], first["exit_code"]) == ("failed", 0, 3)
-    assert second is not None
-    assert [second[key] for key in ("step", "max_steps", "best_metric", "best_step")] == [3, 9, 1.5, 2]
-    assert (second["exit_code"], second["message"]) == (6, "disk")
+        assert run.written_status() == run.read_status() is not None
+    with RunDirectory.claim(tmp_path, resume=True, overwrite=False) as run:
+        assert run.written_status() is None
 
 
 def test_environment_is_json(tmp_path: Path) -> None:

@@ -20,7 +20,13 @@ import torch
 
 from truthgpt.errors import CheckpointError, RunDirectoryError
 from truthgpt.runtime import atomic_file
-from truthgpt.trainers.checkpoint import CHECKPOINT_VERSION, CheckpointStore, find_checkpoint, load_checkpoint
+from truthgpt.trainers.checkpoint import (
+    CHECKPOINT_VERSION,
+    CheckpointStore,
+    find_checkpoint,
+    glance_at_state,
+    load_checkpoint,
+)
 from truthgpt.trainers.checkpoint_payload import PARTS
 
 RUN = "a" * 32
@@ -146,6 +152,32 @@ def test_steps_above_the_saved_one_are_of_a_branch_that_was_left(tmp_path: Path)
     assert names(tmp_path) == {"step_00000015.pt", "last.pt", "best.pt"}
     found = checkpoints.latest()
     assert found is not None and found.step == 15, "best.pt of step 30 is of the branch that was left"
+
+
+def going_back(step: int, best_step: int | None) -> dict[str, Any]:
+    values = payload(step)
+    return {**values, "state": {**values["state"], "best_step": best_step}}
+
+
+@pytest.mark.parametrize("saved", [25, 40])
+def test_the_best_is_never_of_a_branch_that_was_left(tmp_path: Path, links: str, saved: int) -> None:
+    """From step 20 the run goes another way, and finds nothing better, whether its steps reach those it left or not."""
+    checkpoints = store(tmp_path, keep_last=9)
+    for step in (10, 20, 30):
+        checkpoints.save(step, going_back(step, best_step=step), best=True)
+    checkpoints.save(saved, going_back(saved, best_step=20), best=False)
+    assert weight(checkpoints.best_or_last()) == 20
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 20
+
+
+@pytest.mark.parametrize("best_step", [None, 10])
+def test_a_best_that_is_gone_gives_way_to_last(tmp_path: Path, links: str, best_step: int | None) -> None:
+    for step in (10, 20, 30):
+        store(tmp_path, keep_last=1).save(step, going_back(step, best_step=step), best=True)
+    checkpoints = store(tmp_path, keep_last=1)
+    checkpoints.save(40, going_back(40, best_step), best=False)
+    assert checkpoints.best_or_last().name == "last.pt"
+    assert weight(tmp_path / "last.pt") == 40 and not (tmp_path / "best.json").exists()
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path, links: str) -> None:
@@ -333,6 +365,22 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     assert found is not None and found.step == 10
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_glance_at_a_damaged_checkpoint_ends_nothing(tmp_path: Path) -> None:
+    """It is taken before any digest is verified, and torch raises whatever comes of what it reads."""
+    path = store(tmp_path).save(1, payload(1), best=False)
+    state = glance_at_state(path)
+    assert state == {"step": 1}
+    whole, rng = path.read_bytes(), random.Random(0)
+    pickled = whole.index(b"data.pkl"), whole.index(b"byteorder")  # the archive's first record
+    damaged = tmp_path / "damaged.pt"
+    for _ in range(300):
+        content = bytearray(whole)
+        content[rng.randrange(*pickled)] = rng.randrange(256)
+        damaged.write_bytes(content)
+        glance_at_state(damaged)
+
+
 def test_checkpoints_none_of_which_is_valid_are_an_error_with_every_reason(tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
     for step in (10, 20):
@@ -472,7 +520,9 @@ def test_a_full_disk_is_named_and_costs_no_earlier_checkpoint(
                 self.left -= len(data)
                 return int(self.file.write(data))
 
-        monkeypatch.setattr("truthgpt.trainers.checkpoint.create_exclusive", lambda path, full=Full: full(create(path)))
+        monkeypatch.setattr(
+            "truthgpt.trainers.checkpoint_payload.create_exclusive", lambda path, full=Full: full(create(path))
+        )
         with pytest.raises(
             RunDirectoryError, match=r"No space left on device \(.* free, about .*\(2400 bytes\) needed"
         ):

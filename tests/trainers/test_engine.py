@@ -11,7 +11,7 @@ import torch
 from tests.test_build import build_small_trainer
 from tests.test_resume import equal
 
-from truthgpt.errors import CheckpointError
+from truthgpt.errors import CheckpointError, OutOfMemoryError
 from truthgpt.trainers.engine import TrainEngine
 
 
@@ -63,6 +63,32 @@ def test_other_model_is_refused_before_anything_changes(tmp_path: Path, model: s
     with pytest.raises(CheckpointError, match=phrase):
         other.load_state_dict(saved)
     equal(other.state_dict(), before)
+
+
+def test_another_seed_is_refused(tmp_path: Path) -> None:
+    """The order of the data is made of it, and no checkpoint holds that."""
+    saved = trained_engine(tmp_path, "a", steps=1).state_dict()
+    other = trained_engine(tmp_path, "b", "seed=8", steps=0)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(CheckpointError, match="a run with seed 7, this one has 8"):
+        other.load_state_dict(saved)
+    equal(other.state_dict(), before)
+
+
+@pytest.mark.parametrize("where", ["optimizer", "average"])
+def test_an_update_that_is_out_of_memory_is_not_taken_again(tmp_path: Path, where: str) -> None:
+    """Half of the weights may have taken it: the trainer, which takes a step again, must not be told that it can."""
+    trainer = build_small_trainer(tmp_path)
+    engine = trainer.parts.engine
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    setattr(
+        engine.optimizer if where == "optimizer" else engine.ema, "step" if where == "optimizer" else "update", fail
+    )
+    with pytest.raises(OutOfMemoryError, match="in the update of step 1: CUDA out of memory"):
+        trainer.train()
 
 
 def test_optimizer_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -151,6 +151,50 @@ def test_stop_saves_once_and_says_by_what(tmp_path: Path, recorder: Recorder, ho
     assert recorder.heard[-1][2]["status"] == "preempted"
 
 
+def stopped_in_its_evaluation(folder: Path, step: int, *overrides: str) -> None:
+    """A run that is stopped while it evaluates behind `step`."""
+    trainer = build_small_trainer(folder, "training.callbacks=[]", "training.log_interval=1", *overrides)
+    evaluate = trainer.parts.evaluator.run
+
+    def stop(*arguments: Any, **keywords: Any) -> Any:
+        if trainer.state.step == step:
+            trainer.parts.stop.requested, trainer.parts.stop.name = True, "SIGTERM"
+        return evaluate(*arguments, **keywords)
+
+    trainer.parts.evaluator.run = stop  # type: ignore[method-assign, union-attr]
+    with pytest.raises(Preempted, match=f"after step {step}"):
+        trainer.train()
+
+
+def rows_of(folder: Path) -> list[tuple[int, bool]]:
+    """Step of every row of the metrics log, and whether it is of an evaluation."""
+    lines = (folder / "runs/t/metrics.jsonl").read_text().splitlines()
+    return [(row["step"], "val_loss" in row) for row in map(json.loads, lines)]
+
+
+def test_an_evaluation_is_made_up_for_though_it_is_no_longer_due(tmp_path: Path) -> None:
+    """It was due because the run ended there; a longer run logs its steps all the same."""
+    interval = ("training.eval_interval=100", "checkpoint.interval_steps=100")
+    stopped_in_its_evaluation(tmp_path, 3, "training.max_steps=3", *interval)
+    more = ("training.callbacks=[]", "training.log_interval=1", "training.max_steps=5", "resume.enabled=true")
+    assert not build_small_trainer(tmp_path, *more, *interval).train().pending_evaluation
+    steps = [(1, False), (2, False), (3, False), (3, True), (4, False), (5, False), (5, True)]
+    assert rows_of(tmp_path) == steps
+
+
+def test_an_evaluation_that_was_made_up_for_is_not_made_again(tmp_path: Path) -> None:
+    """Nothing improved, and no checkpoint was due: the kill that follows comes back to before it."""
+    usual = ("training.max_steps=6", "training.eval_interval=2", "checkpoint.interval_steps=100")
+    usual = (*usual, "training.learning_rate=1e-30", "training.callbacks=[]", "training.log_interval=1")
+    stopped_in_its_evaluation(tmp_path, 4, *usual)
+    killed = build_small_trainer(tmp_path, *usual, "resume.enabled=true")
+    killed.parts.engine.objective = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        killed.train()
+    build_small_trainer(tmp_path, *usual, "resume.enabled=true").train()
+    assert [step for step, evaluated in rows_of(tmp_path) if evaluated] == [2, 4, 6]
+
+
 def test_batch_without_labels_passes_by_uncounted(tmp_path: Path, recorder: Recorder) -> None:
     """It is a step of the data, and no update, no guard event, no loss."""
     trainer = trainer_for(tmp_path, "training.log_interval=1")
@@ -225,6 +269,18 @@ def test_best_and_patience(
         assert json.loads((checkpoints / "best.json").read_text())["step"] == best_step
     if last_step < 5:
         assert state.stop_reason is not None and "patience" in state.stop_reason
+
+
+def test_another_metric_to_select_by_finds_its_own_best(tmp_path: Path) -> None:
+    """A perplexity that no accuracy exceeds would end the resumed run by its patience."""
+    usual = ("training.eval_interval=1", "training.early_stopping_patience=2", "training.callbacks=[]")
+    metrics = (*usual, "eval.metrics=[ppl, scripted]")
+    with registered(METRICS, "scripted", scripted_metric([0.1, 0.2], "max")):
+        build_small_trainer(tmp_path, "training.max_steps=2", *metrics).train()
+    more = ("training.max_steps=4", "eval.select_best_by=scripted", "resume.enabled=true")
+    with registered(METRICS, "scripted", scripted_metric([0.3, 0.4], "max")):
+        state = build_small_trainer(tmp_path, *more, *metrics).train()
+    assert (state.best_metric, state.best_step, state.stop_reason) == (0.4, 4, None)
 
 
 def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:

@@ -53,11 +53,13 @@ def train(
         _refuse_missing_checkpoint(config)
         folder = Path(config.run_directory)
         with RunDirectory.claim(folder, resume=config.resume.enabled, overwrite=overwrite) as run, StopSignal() as stop:
+            status = run.written_status  # of a command that fails before the run begins, no earlier one is the status
             try:
                 _train(raw, config, run, stop)
+                status = run.read_status
             finally:
                 if json_output:
-                    emit_json(run.read_status())
+                    emit_json(status())
     finally:
         detach(console)
 
@@ -96,7 +98,8 @@ def _train(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) 
     from truthgpt.runtime.run_log import attach_run_log, detach
 
     if config.resume.enabled:
-        changed = _accepted_changes(raw, config, run.path)
+        runs = dict.fromkeys((run.path.absolute(), *_run_of_checkpoint(config)))
+        changed = dict.fromkeys(change for folder in runs for change in _accepted_changes(raw, config, folder))
         if _is_complete(run, config):
             say(f"{run.path}: already complete; nothing to do")
             _say_next(config)
@@ -135,31 +138,59 @@ def _located(problem: Problem, raw: RawConfig) -> Problem:
     return raw.problem(tuple(problem.key.split(".")), problem.message, problem.suggestion) if problem.key else problem
 
 
+def _run_of_checkpoint(config: Config) -> list[Path]:
+    """The directory of the run that `resume.checkpoint_dir` is of, where it stands in one."""
+    if config.resume.checkpoint_dir is None:
+        return []
+    given = Path(config.resume.checkpoint_dir).absolute()
+    return [folder for folder in (given, *given.parents[:2]) if (folder / "checkpoints").is_dir()][:1]
+
+
 def _is_complete(run: RunDirectory, config: Config) -> bool:
     """Whether the directory's run already did what this configuration asks for."""
-    status = run.read_status()
-    if status is None or status["state"] != "complete":
+    status, saved = run.read_status(), _saved_config(run.path)
+    if status is None or saved is None or status.get("state") != "complete":
         return False
-    old, new = _saved_config(run.path)["training"], config.training.model_dump()
-    if all(old[key] == new[key] for key in _LENGTH):
+    old, new = saved["training"], config.training.model_dump()
+    if all(old.get(key, default) == new[key] for key, default in _defaults(*_LENGTH).items()):
         return True
-    return config.training.max_steps is not None and config.training.max_steps <= status["step"]
+    step = status.get("step")
+    return config.training.max_steps is not None and isinstance(step, int) and config.training.max_steps <= step
+
+
+def _defaults(*keys: str) -> dict[str, Any]:
+    """Of keys of `training`: what a run did without the keys that are newer than it."""
+    from truthgpt.config.schema import TrainingConfig
+
+    values = TrainingConfig().model_dump()
+    return {key: values[key] for key in keys}
 
 
 def _accepted_changes(raw: RawConfig, config: Config, folder: Path) -> list[str]:
-    """What changed since the run started and may; a resume that would continue another run is refused."""
-    if not (folder / "config.yaml").is_file():
+    """What changed since the run in `folder` started and may; a resume that would continue another run is refused."""
+    saved = _saved_config(folder)
+    if saved is None:
         return []
-    changes = compare_configs(_saved_config(folder), config.model_dump(mode="json"))
+    changes = compare_configs(saved, config.model_dump(mode="json"))
     if changes.refused:
         raise ConfigError([_located(problem, raw) for problem in changes.refused])
     return changes.said
 
 
-def _saved_config(folder: Path) -> Mapping[str, Any]:
+def _saved_config(folder: Path) -> Mapping[str, Any] | None:
+    """The configuration of the run in `folder`; None where there is none. ConfigError when it is damaged."""
     from truthgpt.config.load import load_raw
 
-    return load_raw(folder / "config.yaml").data
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None
+    saved = load_raw(path).data
+    training = saved.get("training")
+    if not isinstance(training, Mapping) or not {"train_batch_size", "grad_accum_steps"} <= training.keys():
+        message = "is damaged: it is not the configuration of a run"
+        fix = "put the run's own back, or delete it: then a resume does not look for what changed"
+        raise ConfigError([Problem(key="", message=f"{path} {message}", suggestion=fix)])
+    return saved
 
 
 def _say_next(config: Config) -> None:

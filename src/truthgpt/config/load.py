@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib.resources
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -201,7 +202,7 @@ def _file_layer(path: Path, label: str, problems: list[Problem], extended_at: Or
 
 
 def _file_hint(path: Path, label: str) -> str:
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - `Path.is_dir` raises for a name that is too long
         inside = path / "config.yaml"
         return f"use {inside}" if inside.is_file() else "name a YAML file, not a folder"
     if label == "-":

@@ -150,6 +150,8 @@ class EvalLoader:
     ) -> None:
         sampler = _SequentialSampler(len(dataset), batch_size)
         self._batches = len(sampler)
+        self.fingerprint = dataset.fingerprint
+        """That of the samples; changes when any of them does."""
         self._loader = torch_loader(
             _TorchDataset(dataset),
             workers,

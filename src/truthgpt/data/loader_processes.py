@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -38,9 +38,21 @@ _TORCH_TIMEOUT = "DataLoader timed out"
 _live_workers: set[BaseProcess] = set()
 """Loader processes not known to have ended. They ignore the SIGTERM with which `multiprocessing` ends its children at
 exit, and it would wait for them for ever: they are killed before that."""
+_killed_at_exit_of: set[int] = set()
+"""The processes (one, unless this one was forked) that will do so."""
+os.register_at_fork(after_in_child=_live_workers.clear)  # they are the parent's
 
 
-@atexit.register
+def _kill_at_exit() -> None:
+    """Have the live workers killed at the exit of this process, once.
+
+    By `multiprocessing` itself, before it waits: a process that it started runs none of the functions of `atexit`.
+    """
+    if os.getpid() not in _killed_at_exit_of:
+        _killed_at_exit_of.add(os.getpid())
+        multiprocessing.util.Finalize(None, _kill_live_workers, exitpriority=0)
+
+
 def _kill_live_workers() -> None:
     for worker in _live_workers:
         worker.kill()
@@ -229,6 +241,7 @@ def _start(loader: DataLoader[Any]) -> _BaseDataLoaderIter:
         # Not the loader's own `timeout`: torch gives up when it is over, and looks for dead processes only then.
         iterator._timeout = POLL_S
     _live_workers.update(_workers(iterator))
+    _kill_at_exit()
     return iterator
 
 

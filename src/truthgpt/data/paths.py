@@ -26,7 +26,12 @@ def resolve_files(patterns: Sequence[str], suffix: str | tuple[str, ...] | None 
     """
     files: dict[Path, Path] = {}
     for pattern in patterns:
-        matches = list(_match(Path(pattern).expanduser(), suffix))
+        if not pattern:  # which `Path` takes for the working directory
+            raise DataError("data path '': the path is empty; give a file, folder or glob ('.': the working directory)")
+        try:
+            matches = list(_match(Path(pattern).expanduser(), suffix))
+        except OSError as error:
+            raise DataError(f"data path {pattern[:200]!r}: cannot be looked at: {error.strerror}; check it") from error
         if not matches:
             wanted = f"no {suffix if isinstance(suffix, str) else ' or '.join(suffix)} file" if suffix else "no file"
             raise DataError(

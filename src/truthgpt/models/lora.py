@@ -146,6 +146,8 @@ def save_adapters(model: PreTrainedModel, folder: Path, as_safetensors: bool) ->
         safetensors.torch.save_file(weights, folder / ADAPTER_WEIGHT_FILES[0], metadata={"format": "pt"})
     else:
         torch.save(weights, folder / ADAPTER_WEIGHT_FILES[1])
+    # Of a run that ended before with the other setting; peft would read it in place of the new one.
+    (folder / ADAPTER_WEIGHT_FILES[1 if as_safetensors else 0]).unlink(missing_ok=True)
 
 
 def base_of_adapters(folder: Path) -> str:

@@ -40,8 +40,12 @@ def remove_temporaries(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        if _TEMPORARY_NAME.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
+        if not _TEMPORARY_NAME.fullmatch(path.name):
+            continue
+        if path.is_symlink() or path.is_file():
             path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def create_exclusive(path: Path) -> BinaryIO:

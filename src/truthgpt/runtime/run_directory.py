@@ -132,12 +132,10 @@ class RunDirectory:
         times = {"started_at": self._started_at, "updated_at": utc_now()}
         self._write(_STATUS, json.dumps({"run_id": self.run_id, **values, **times}, indent=2) + "\n")
 
-    def record_failure(self, message: str, exit_code: int) -> None:
-        """Write a status of "failed" for a run that ended outside its loop; what an earlier status says of it stays."""
-        before = self.read_status() or {}
-        kept = {key: before[key] for key in ("step", "max_steps", "best_metric", "best_step") if key in before}
-        position = {"step": 0, "max_steps": 0, **kept}
-        self.write_status(RunStatus(state="failed", **position, exit_code=exit_code, message=message))
+    def written_status(self) -> dict[str, Any] | None:
+        """The document that this process wrote as `status.json` last; None when it wrote none."""
+        text = self._documents.get(_STATUS)
+        return None if text is None else json.loads(text)
 
     def read_status(self) -> dict[str, Any] | None:
         """The document of `status.json`; None when there is none or it is damaged."""
@@ -326,6 +324,6 @@ def _known_run_id(path: Path) -> str | None:
 def _read_object(path: Path) -> dict[str, Any] | None:
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from truthgpt.models.lora import (
@@ -19,7 +24,8 @@ from truthgpt.models.lora import (
     save_adapters,
 )
 from truthgpt.models.trained_weights import adapter_weights, base_state, load_trained_state
-from truthgpt.runtime.atomic_file import write_atomic
+from truthgpt.runtime.atomic_file import commit_file, disk_errors, temporary_beside, write_atomic
+from truthgpt.trainers.checkpoint_payload import write_payload
 
 _CARD = """---
 library_name: {library}
@@ -50,6 +56,8 @@ base = {model_class}.from_pretrained({base!r})
 """
 _RESIZE = "base.resize_token_embeddings(len(processor))  # the adapters train new tokens\n"
 _TEXT_CLASSES = ("AutoModelForCausalLM", "AutoTokenizer")
+_BIN_FILE = "pytorch_model.bin"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _IMAGE_CLASSES = ("AutoModelForImageClassification", "AutoImageProcessor")
 
 
@@ -106,12 +114,14 @@ class ModelArtefacts:
 
     def save_description(self) -> None:
         """Configuration, generation configuration and tokenizer or image processor."""
-        _save_description(self.model, self.folder)
-        self.processor.save_pretrained(self.folder)
+        with _written_whole(self.folder) as folder:
+            _save_description(self.model, folder)
+            self.processor.save_pretrained(folder)
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """See `Artefacts`."""
-        _save_model(self.model, self.folder, self.model.state_dict(), self.safetensors)
+        with _weights_errors(self.folder):
+            _save_model(self.model, self.folder, self.model.state_dict(), self.safetensors)
         model_class, processor_class = _TEXT_CLASSES if self.model.can_generate() else _IMAGE_CLASSES
         what = f"A {self.model.config.model_type} model with {self.model.num_parameters():,} parameters"
         usage = _USAGE.format(model_class=model_class, processor_class=processor_class)
@@ -137,16 +147,18 @@ class AdapterArtefacts:
 
     def save_description(self) -> None:
         """The base's configuration, the adapters' one, generation configuration and tokenizer."""
-        _save_description(self.model, self.folder)
-        save_adapter_config(self.model, self.folder, self._base())
-        self.processor.save_pretrained(self.folder)
+        with _written_whole(self.folder) as folder:
+            _save_description(self.model, folder)
+            save_adapter_config(self.model, folder, self._base())
+            self.processor.save_pretrained(folder)
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """See `Artefacts`."""
-        if self._own_base is not None:
-            self._own_base.mkdir(exist_ok=True)
-            _save_model(self.model, self._own_base, base_state(self.model), self.safetensors)
-        save_adapters(self.model, self.folder, self.safetensors)
+        with _weights_errors(self.folder):
+            if self._own_base is not None:
+                self._own_base.mkdir(exist_ok=True)
+                _save_model(self.model, self._own_base, base_state(self.model), self.safetensors)
+            save_adapters(self.model, self.folder, self.safetensors)
         model_class, processor_class = _TEXT_CLASSES
         parameters = sum(weight.numel() for weight in adapter_weights(self.model).values())
         method, kind = method_name(self.model), self.model.config.model_type
@@ -164,6 +176,40 @@ class AdapterArtefacts:
         return str(base_name(self.model) if self._own_base is None else self._own_base.absolute())
 
 
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder whose files take their places in `folder` at the end, each whole: a resume reads the tokenizer there.
+
+    Raises:
+        RunDirectoryError: the disk is full or not writable.
+    """
+    temporary = temporary_beside(folder / "description")  # inside, should `folder` be a link to another disk
+    with disk_errors(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                commit_file(path, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _weights_errors(folder: Path) -> Iterator[None]:
+    """`disk_errors` of the body, those that safetensors has told in its own words too."""
+    with disk_errors(folder):
+        try:
+            yield
+        except SafetensorError as error:
+            found = _OS_ERROR.search(str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
 def _save_description(model: PreTrainedModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
@@ -177,7 +223,10 @@ def _save_model(model: PreTrainedModel, folder: Path, state: Mapping[str, torch.
         model.save_pretrained(folder, state_dict=dict(state))
     else:
         _save_description(model, folder)
-        torch.save(dict(state), folder / "pytorch_model.bin")
+        write_payload(dict(state), folder / _BIN_FILE)
+    # Of a run that ended before with the other setting; transformers would read these in place of the new ones.
+    for path in folder.glob("model*.safetensors*") if not safetensors else [folder / _BIN_FILE]:
+        path.unlink(missing_ok=True)
 
 
 def load_exported_weights(model: torch.nn.Module, payload: Mapping[str, Any], averaged: bool = True) -> None:

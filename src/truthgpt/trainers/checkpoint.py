@@ -12,19 +12,18 @@ import contextlib
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError  # only the error: nothing here unpickles
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 
 from truthgpt.errors import CheckpointError
 from truthgpt.runtime.atomic_file import (
-    HashingWriter,
     commit_file,
     copy_atomic,
-    create_exclusive,
     disk_errors,
     link_atomic,
     sha256_of,
@@ -32,7 +31,7 @@ from truthgpt.runtime.atomic_file import (
     write_atomic,
 )
 from truthgpt.runtime.environment import package_versions, utc_now
-from truthgpt.trainers.checkpoint_payload import check_parts, check_plain
+from truthgpt.trainers.checkpoint_payload import check_parts, check_plain, write_payload
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +40,11 @@ CHECKPOINT_VERSION = 1
 
 _STEP_NAME = re.compile(r"step_(\d{8,})\.(?:pt|json)")
 _LINKS = ("last.pt", "best.pt")
+_DAMAGE = (
+    *(UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError),
+    ValueError,
+)
+"""What reading a damaged file raises: where nothing was verified, anything may come out of it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class CheckpointStore:
         with disk_errors(target, needed_bytes):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                sha256, size_bytes = _write({"version": CHECKPOINT_VERSION, **payload}, temporary)
+                sha256, size_bytes = write_payload({"version": CHECKPOINT_VERSION, **payload}, temporary)
                 manifest = Manifest(
                     step, sha256, size_bytes, self.run_id, best, CHECKPOINT_VERSION, utc_now(), self._versions
                 )
@@ -114,6 +118,8 @@ class CheckpointStore:
                 temporary.unlink(missing_ok=True)  # before the error is explained with the space that is free
         for link in _LINKS if best else _LINKS[:1]:
             self._point(link, target, manifest)
+        if not best:
+            self._settle_best(payload["state"])
         self._prune(step)
         return target
 
@@ -170,6 +176,28 @@ class CheckpointStore:
         link_atomic(target, link)
         _write_document(link.with_suffix(".json"), {"step": manifest.step, "sha256": manifest.sha256})
 
+    def _settle_best(self, state: Mapping[str, Any]) -> None:
+        """Have `best.pt` stand for the `best_step` of `state`; it does, unless the run went back to an earlier step.
+
+        Then it is of the branch that was left. Where the best step's own checkpoint is gone, there is no best any more.
+        """
+        best = self.folder / "best.pt"
+        try:
+            claimed = _read_manifest(best.with_suffix(".json")).step
+        except _Invalid:
+            return  # none, or a damaged one, which whoever needs it is told
+        wanted = state.get("best_step", claimed)
+        if wanted == claimed:
+            return
+        with contextlib.suppress(_Invalid):
+            own = self.folder / f"step_{wanted or 0:08d}.pt"
+            self._point("best.pt", own, _verify(own))
+            return
+        logger.info("%s of step %d is removed: it is not the best of this run", best, claimed)
+        for path in (best.with_suffix(".json"), best):
+            with disk_errors(path):
+                path.unlink(missing_ok=True)
+
     def _prune(self, saved_step: int) -> None:
         """Keep the newest `keep_last` by step. Steps above the one just saved are of a branch that was left."""
         files, manifests = ({_step_of(path) for path in _step_files(self.folder, kind)} for kind in (".pt", ".json"))
@@ -215,7 +243,7 @@ def glance_at_state(path: Path) -> dict[str, Any] | None:
     for candidate in [path] if path.is_file() else _candidates(folder):
         try:
             payload = torch.load(candidate, map_location="cpu", weights_only=True, mmap=True)
-        except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+        except _DAMAGE:
             continue
         state = payload.get("state") if isinstance(payload, dict) else None
         if isinstance(state, dict):
@@ -344,7 +372,7 @@ def _read_manifest(path: Path) -> Manifest:
         manifest = Manifest(**json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise _Invalid(f"has no manifest ({path.name})") from None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise _Invalid(f"has a damaged or foreign manifest ({path.name})") from None
     of_step = _STEP_NAME.fullmatch(path.name)
     complete = isinstance(manifest.size_bytes, int) and isinstance(manifest.run_id, str)
@@ -366,21 +394,6 @@ def _step_of(path: Path) -> int:
     match = _STEP_NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
-
-
-def _write(payload: dict[str, Any], path: Path) -> tuple[str, int]:
-    """Save `payload` to the new file `path`; its SHA-256 and size. OSError when the disk fails."""
-    with create_exclusive(path) as file:
-        writer = HashingWriter(file)
-        try:
-            # A file object and not a path: the archive would take its inner name from the path.
-            torch.save(payload, cast(IO[bytes], writer))
-            file.flush()
-        except RuntimeError:
-            if writer.error is None:
-                raise
-            raise writer.error from None
-    return writer.sha256, writer.size_bytes
 
 
 def _write_document(path: Path, document: dict[str, Any]) -> None:

@@ -1,13 +1,15 @@
-"""What a checkpoint may hold: its parts, and values that loading cannot turn into code."""
+"""What a checkpoint may hold: its parts, and values that loading cannot turn into code; and the file of them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, cast
 
 import torch
 
 from truthgpt.errors import CheckpointError
+from truthgpt.runtime.atomic_file import HashingWriter, create_exclusive
 
 PARTS = ("state", "model", "ema", "optimizer", "scheduler", "scaler", "data", "rng", "callbacks")
 """What a checkpoint holds, next to `version`; each part comes from its owner's `state_dict`."""
@@ -39,3 +41,18 @@ def check_plain(value: Any, where: str) -> int:
         f"{where.removeprefix('.')} is a {kind}, which no checkpoint can hold; its state_dict must be made of tensors, "
         "numbers, text, None, lists, tuples and dicts"
     )
+
+
+def write_payload(payload: dict[str, Any], path: Path) -> tuple[str, int]:
+    """Save `payload` to the new file `path`; its SHA-256 and size. OSError when the disk fails."""
+    with create_exclusive(path) as file:
+        writer = HashingWriter(file)
+        try:
+            # A file object and not a path: the archive would take its inner name from the path.
+            torch.save(payload, cast(IO[bytes], writer))
+            file.flush()
+        except RuntimeError:
+            if writer.error is None:
+                raise
+            raise writer.error from None
+    return writer.sha256, writer.size_bytes

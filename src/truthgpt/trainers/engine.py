@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from truthgpt.data.base import Batch, GlobalBatch, LossAndLogits
 from truthgpt.data.cut import cut_micro_batch
-from truthgpt.errors import CheckpointError, NonFiniteError
+from truthgpt.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.models.causal_lm import enable_gradient_checkpointing
 from truthgpt.models.trained_weights import check_adapters_are_reached, load_trained_state, trained_state
@@ -95,6 +95,8 @@ class TrainEngine:
         Raises:
             NonFiniteError: with `detect_anomaly`, naming the operation that made the first NaN.
             ConfigError: in the first step, naming adapters that have no gradient.
+            torch.OutOfMemoryError: forward or backward is out of memory; the step can be taken again.
+            OutOfMemoryError: the update is, and it cannot: some weights may have changed.
         """
         self.model.train()
         self.set_learning_rate(step)
@@ -105,11 +107,12 @@ class TrainEngine:
         if not self._took_a_step:
             check_adapters_are_reached(self.model)
             self._took_a_step = True
-        self.precision.unscale(self.optimizer)
-        grad_norm = self._gradient_norm()
-        self.precision.step(self.optimizer, self.guard.judge(loss_sum, grad_norm), self._clip(grad_norm))
-        self._micro_step.clear()
-        self.ema.update(step + 1)
+        with _only_once(step):
+            self.precision.unscale(self.optimizer)
+            grad_norm = self._gradient_norm()
+            self.precision.step(self.optimizer, self.guard.judge(loss_sum, grad_norm), self._clip(grad_norm))
+            self._micro_step.clear()
+            self.ema.update(step + 1)
         return StepScalars(loss_sum, grad_norm)
 
     def change_plan(self, plan: MemoryPlan) -> None:
@@ -188,8 +191,14 @@ class TrainEngine:
         """Restore `state_dict`'s parts in place. Hyperparameters stay as configured now.
 
         Raises:
-            CheckpointError: the parts are of another model or optimizer, with the first difference.
+            CheckpointError: the parts are of another model, seed or optimizer, with the first difference.
         """
+        seed = state["rng"]["seed"]
+        if seed != self._settings.seed:
+            raise CheckpointError(
+                f"the checkpoint is of a run with seed {seed}, this one has {self._settings.seed}: the order of the "
+                f"data and dropout would be neither's. Set seed: {seed}, or start a new run without a checkpoint"
+            )
         _refuse_other_model(trained_state(self.model), state["model"])
         load_trained_state(self.model, state["model"])
         self._load_optimizer(state["optimizer"])
@@ -215,6 +224,19 @@ class TrainEngine:
             raise CheckpointError(f"the checkpoint's optimizer state does not fit this optimizer: {error}") from error
         for group, values in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(values)
+
+
+@contextmanager
+def _only_once(step: int) -> Iterator[None]:
+    """The update of step `step` (from 0), which must not be taken again when it is out of memory half way."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"out of memory in the update of step {step + 1}: {str(error).splitlines()[0]} Smaller micro-batches do "
+            "not help: the optimizer and the average of the weights take it. Set ema.on_cpu=true, another "
+            "optimizer.type, model.lora.enabled=true, or choose a smaller model. The last checkpoint is untouched"
+        ) from error
 
 
 def _refuse_other_model(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:

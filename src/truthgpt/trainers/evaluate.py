@@ -67,6 +67,11 @@ class Evaluator:
                     metric.update(evaluated)
         return Evaluation({metric.name: metric.compute() for metric in self._metrics}, int(tokens))
 
+    @property
+    def selected_by(self) -> str:
+        """Name of the metric that ranks evaluations."""
+        return self._chosen.name
+
     def score(self, evaluation: Evaluation) -> float:
         """The value of the metric that ranks evaluations."""
         return evaluation.values[self._chosen.name]

@@ -16,7 +16,7 @@ import torch
 
 from truthgpt.callbacks.base import CallbackList
 from truthgpt.data.base import GlobalBatch, TrainLoader
-from truthgpt.errors import CheckpointError, OutOfMemoryError, Preempted
+from truthgpt.errors import CheckpointError, DataError, OutOfMemoryError, Preempted
 from truthgpt.memory.base import EVERY_LAYER
 from truthgpt.memory.step_down import PlanInUse
 from truthgpt.runtime.metrics_log import MetricsLog
@@ -63,6 +63,8 @@ class TrainerParts:
     """What `on_start` tells the callbacks about the run."""
     plan: PlanInUse
     """How a step is cut up, kept with every checkpoint: a resumed run goes on with it."""
+    validation: str | None
+    """Fingerprint of what is evaluated on; None without a validation split."""
 
 
 class GenericTrainer:
@@ -157,14 +159,16 @@ class GenericTrainer:
     def _boundary(self) -> None:
         """Between two steps: log, evaluate, save what is due. The end of a run is a boundary like any other."""
         self._note_limits()
-        log_due = self._due(self.settings.log_interval, first=True)
-        if log_due and not self.state.pending_evaluation:  # a resumed evaluation's step was logged before the stop
+        log_due, pending = self._due(self.settings.log_interval, first=True), self.state.pending_evaluation
+        if log_due and not pending:  # a resumed evaluation's step was logged before the stop
             self._log()
-        improved = self._evaluate() if self._due(self.settings.eval_interval) else False
+        # A pending one is done though it may no longer be due: the run was made longer, or the interval another.
+        improved = self._evaluate() if pending or self._due(self.settings.eval_interval) else False
         if self._is_over() and not log_due:  # early stopping: the last step is always logged
             self._log()
         asked_to_stop = self.parts.stop.requested
-        if improved or asked_to_stop or self._due(self.settings.checkpoint_interval):
+        # Without the save behind a pending evaluation the next resume would do it, and log it, once more.
+        if improved or pending or asked_to_stop or self._due(self.settings.checkpoint_interval):
             self._save(best=improved)
         if asked_to_stop and (self.state.pending_evaluation or not self._is_over()):
             raise Preempted(f"stopped by {self.parts.stop.name} after step {self.state.step}, and saved")
@@ -213,6 +217,7 @@ class GenericTrainer:
         """Evaluate the averaged weights; whether they are the best so far."""
         evaluator, engine = self.parts.evaluator, self.parts.engine
         if evaluator is None:
+            self.state = dataclasses.replace(self.state, pending_evaluation=False)
             return False
         with self.parts.meter.paused(), engine.ema.applied():
             try:
@@ -250,6 +255,8 @@ class GenericTrainer:
         return {
             "state": {
                 **self.state.to_dict(),
+                "validation": parts.validation,
+                "best_by": parts.evaluator.selected_by if parts.evaluator else None,
                 "meter": parts.meter.state_dict(),
                 "guard": parts.engine.guard.state_dict(),
                 "plan": dataclasses.asdict(parts.plan.plan),
@@ -268,6 +275,7 @@ class GenericTrainer:
         """
         payload = self.parts.checkpoints.load(path)
         self.parts.loader.load_state_dict(payload["data"])
+        self._check_validation(payload["state"].get("validation"))
         self.parts.engine.load_state_dict(payload)
         try:
             saved = TrainState.from_dict(payload["state"])
@@ -277,9 +285,32 @@ class GenericTrainer:
             raise CheckpointError(f"{path}: the loop state has no {error}") from error
         self.parts.callbacks.load_state_dict(payload["callbacks"])
         self.state = dataclasses.replace(saved, max_steps=self.settings.max_steps)
+        self._forget_best_of(payload["state"].get("best_by"))
         self.parts.engine.set_learning_rate(max(self.state.step - 1, 0))  # what a log line due now would show
         self._note_limits()  # a limit that was raised since no longer ends the run
         self.parts.metrics_log.cut_after(self.state.step)
+
+    def _check_validation(self, then: str | None) -> None:
+        """Values on other data are no better or worse than those before; of a run without any there is none."""
+        now = self.parts.validation
+        if then is not None and now is not None and then != now:
+            raise DataError(
+                f"the validation data is not what this run was evaluated on: fingerprint {then[:12]} then, {now[:12]} "
+                "now. Restore its files, data.validation_path or data.validation_split, or start a new run in another "
+                "output_dir"
+            )
+
+    def _forget_best_of(self, metric: str | None) -> None:
+        """Values of the restored run's `metric` (None: not known) are not compared with those of another one."""
+        evaluator = self.parts.evaluator
+        if evaluator is None or metric in (None, evaluator.selected_by):
+            return
+        logger.warning(
+            "eval.select_best_by is %s now and was %s: the best so far is forgotten", evaluator.selected_by, metric
+        )
+        self.state = dataclasses.replace(
+            self.state, best_metric=None, best_step=None, evaluations_without_improvement=0
+        )
 
     def start_over(self) -> None:
         """Say that there is nothing to resume, and begin at step 0."""
