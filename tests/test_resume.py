@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,20 @@ def test_signal_saves_and_resumes_exactly(cli: Cli, when: str, name: str) -> Non
     resumed = cli(*command, "output_dir=resumed", "--resume", "auto")
     assert resumed.exit_code == 0, resumed.stderr
     assert_same_run(cli.folder / "straight", cli.folder / "resumed", 40)
+
+
+@pytest.mark.parametrize("name", ["step_00000004.pt", "last.pt"])
+def test_a_finished_run_goes_on_from_a_checkpoint_that_is_named(cli: Cli, name: str) -> None:
+    """And ends as it did."""
+    write_sources(cli.folder)
+    settings = ("training.max_steps=6", "training.eval_interval=2", "checkpoint.interval_steps=2")
+    command = ("train", "base.yaml", *SOURCES["text"], *settings)
+    run, straight = cli.folder / "runs/t", cli.folder / "straight"
+    assert cli(*command).exit_code == 0
+    shutil.copytree(run, straight, symlinks=True)
+    again = cli(*command, "--resume", str(run / "checkpoints" / name))
+    assert again.exit_code == 0 and "already complete" not in again.stderr, again.stderr
+    assert_same_run(straight, run, 6)
 
 
 def test_a_stop_ends_the_loader_processes(cli: Cli) -> None:

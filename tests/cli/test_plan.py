@@ -58,7 +58,14 @@ def test_a_run_that_does_not_fit(big: Cli) -> None:
 def test_this_machine(cli: Cli) -> None:
     finished = cli("plan", "hardware.device=cpu")
     assert finished.exit_code == 0, finished.stderr
-    assert "cpu; fp32, eager" in finished.stdout and "--gpu-memory" in finished.stderr
+    assert "cpu; fp32, eager" in finished.stdout
+    assert "time: the speed of cpu in fp32 is not known; --gpu-memory 80GiB --gpu NAME" in finished.stderr
+
+
+def test_a_gpu_of_unknown_speed_is_told_the_known_ones(big: Cli) -> None:
+    finished = big("plan", "big.yaml", *FITS, "--gpu-memory", "141GB", "--gpu", "Z9")
+    assert finished.exit_code == 0 and "peak" in finished.stdout
+    assert "the speed of Z9 with 131 GiB in bf16 is not known" in finished.stderr and ", H200, " in finished.stderr
 
 
 def test_a_gpu_needs_its_memory(cli: Cli) -> None:

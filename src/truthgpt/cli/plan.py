@@ -89,7 +89,12 @@ def _print(found: RunPlan) -> None:
         ],
     )
     if found.step_time_s is None:
-        say("time: not known for this device; --gpu-memory 80GiB --gpu H100 plans for a GPU")
+        from truthgpt.runtime.flops import gpu_names
+
+        say(
+            f"time: the speed of {found.device} in {precision_label(found.precision)} is not known; --gpu-memory 80GiB "
+            f"--gpu NAME plans for another: {', '.join(gpu_names())}"
+        )
 
 
 def _gib(size: int) -> str:

@@ -147,7 +147,10 @@ def _run_of_checkpoint(config: Config) -> list[Path]:
 
 
 def _is_complete(run: RunDirectory, config: Config) -> bool:
-    """Whether the directory's run already did what this configuration asks for."""
+    """Whether the directory's run already did what this configuration asks for: not where it is to go on from a
+    checkpoint that is named, which may be an earlier one."""
+    if config.resume.checkpoint_dir is not None and Path(config.resume.checkpoint_dir).is_file():
+        return False
     status, saved = run.read_status(), _saved_config(run.path)
     if status is None or saved is None or status.get("state") != "complete":
         return False

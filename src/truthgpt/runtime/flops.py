@@ -71,13 +71,13 @@ def _attention_width(config: Any) -> int:
 
 
 class _Peak(NamedTuple):
-    words: frozenset[str]
+    name: str
     flops: float
     precisions: tuple[str, ...]
 
 
 def _peak(name: str, teraflops: float, precisions: tuple[str, ...] = ("bf16", "fp16")) -> _Peak:
-    return _Peak(frozenset(name.split()), teraflops * 1e12, precisions)
+    return _Peak(name, teraflops * 1e12, precisions)
 
 
 # Dense tensor-core peaks with float32 accumulation from the vendor's data sheets (where a sheet gives the figure with
@@ -111,6 +111,11 @@ _PEAKS = (
 _OTHER_CHIPS = frozenset({"mig", "laptop", "d", "ti"})
 
 
+def gpu_names() -> list[str]:
+    """The GPUs whose speed is known."""
+    return [peak.name.upper() for peak in _PEAKS]
+
+
 def peak_flops(device: torch.device, precision_name: str) -> float | None:
     """Peak dense matrix-product speed in FLOP/s, for MFU; None when it is not known, as on any CPU.
 
@@ -129,6 +134,6 @@ def peak_flops_by_name(device_name: str, precision_name: str) -> float | None:
     if words & _OTHER_CHIPS:
         return None
     for peak in _PEAKS:
-        if peak.words <= words:
+        if words.issuperset(peak.name.split()):
             return peak.flops if precision_name in peak.precisions else None
     return None
