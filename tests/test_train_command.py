@@ -132,6 +132,15 @@ def test_already_complete(base: Cli) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.parametrize(("fraction", "named"), [("0.1", True), ("0", False)])
+def test_next_is_what_can_be_typed(base: Cli, fraction: str, named: bool) -> None:
+    """Nothing was held out: there is no split to evaluate on."""
+    for resume in ((), ("--resume", "auto")):
+        finished = train(base, *SHORT, f"data.validation_fraction={fraction}", *resume)
+        _, _, commands = finished.stderr.partition("Next:")
+        assert "truthgpt generate runs/t" in commands and ("truthgpt eval runs/t" in commands) is named
+
+
 def test_resume_without_checkpoints_says_so(base: Cli) -> None:
     finished = train(base, "training.max_steps=2", "--resume", "auto")
     assert "no checkpoint to resume from: starting fresh" in finished.stderr

@@ -102,7 +102,7 @@ def _train(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) 
         changed = dict.fromkeys(change for folder in runs for change in _accepted_changes(raw, config, folder))
         if _is_complete(run, config):
             say(f"{run.path}: already complete; nothing to do")
-            _say_next(config)
+            _say_next(config, run)
             return
         if changed:
             say(f"resuming with changed settings: {', '.join(changed)}")
@@ -112,7 +112,7 @@ def _train(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) 
         trainer.train()
     finally:
         detach(log)
-    _say_next(config)
+    _say_next(config, run)
 
 
 def _build(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) -> GenericTrainer:
@@ -196,13 +196,14 @@ def _saved_config(folder: Path) -> Mapping[str, Any] | None:
     return saved
 
 
-def _say_next(config: Config) -> None:
+def _say_next(config: Config, run: RunDirectory) -> None:
     folder = shlex.quote(config.run_directory)
     commands = {}
     if config.model.task == "causal_lm":
         prompt = config.generate.prompts[0] if config.generate.prompts else "Once upon a time"
         commands[f"truthgpt generate {folder} --prompt {shlex.quote(prompt)}"] = "write with the model"
-    commands[f"truthgpt eval {folder}"] = "its metrics on the validation split"
+    if (run.read_status() or {}).get("best_metric") is not None:  # something was held out
+        commands[f"truthgpt eval {folder}"] = "its metrics on the validation split"
     commands[f"truthgpt runs list {shlex.quote(str(Path(config.run_directory).parent))}"] = "all runs"
     width = max(map(len, commands))
     say("\nNext:\n" + "\n".join(f"  {command:{width}}  {what}" for command, what in commands.items()))
