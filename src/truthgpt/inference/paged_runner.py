@@ -17,7 +17,6 @@ from truthgpt.attention.paged import (
     VALUE_PAGES,
     Alone,
     Blocks,
-    InBlocks,
     InOneRow,
     OneByOne,
     PagedStep,
@@ -173,19 +172,14 @@ class PagedRunner:
         device, size = self._model.device, self._cache.pool.block_size
         totals = [s + n for s, n in zip(starts, counts, strict=True)]
         single = max(counts) == 1
-        if single and len(tables) == 1 and not self._kernels:
+        if single and len(tables) == 1:
             blocks = _in_one_piece(tables[0])
             if isinstance(blocks, range):
                 return Alone(range(blocks.start * size, blocks.start * size + totals[0]))
         every = [_slots(table, size, total) for table, total in zip(tables, totals, strict=True)]
         slots = np.concatenate([of_all[start:] for of_all, start in zip(every, starts, strict=True)])
-        reach: Reach
-        if not single:
-            reach = self._of_several(starts, counts, tables, every)
-        elif self._kernels:
-            reach = _in_blocks(tables, totals, device)
-        else:
-            reach = _rectangle(every, totals, device)
+        # Single tokens on a GPU are a graph's, see `run`.
+        reach = _rectangle(every, totals, device) if single else self._of_several(starts, counts, tables, every)
         return InOneRow(torch.from_numpy(slots).to(device), reach, self._kernels)
 
     def _of_several(
@@ -214,13 +208,6 @@ def _in_one_piece(table: tuple[int, ...]) -> Blocks:
 def _slots(table: tuple[int, ...], size: int, total: int) -> npt.NDArray[np.int64]:
     """Where in the flattened pages the first `total` positions of a sequence are."""
     return (np.array(table, dtype=np.int64)[:, None] * size + np.arange(size)).ravel()[:total]
-
-
-def _in_blocks(tables: Sequence[tuple[int, ...]], totals: Sequence[int], device: torch.device) -> InBlocks:
-    rows = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
-    for row, table in zip(rows, tables, strict=True):
-        row[: len(table)] = table
-    return InBlocks(torch.from_numpy(rows).to(device), torch.tensor(totals, dtype=torch.int32, device=device))
 
 
 def _rectangle(slots: Sequence[npt.NDArray[np.int64]], totals: Sequence[int], device: torch.device) -> Rectangle:
