@@ -58,7 +58,7 @@ def test_a_run_that_does_not_fit(big: Cli) -> None:
 def test_this_machine(cli: Cli) -> None:
     finished = cli("plan", "hardware.device=cpu")
     assert finished.exit_code == 0, finished.stderr
-    assert "cpu; fp32, eager" in finished.stdout
+    assert "cpu; fp32, eager" in finished.stdout and " MiB of " in finished.stdout, "a model of a few megabytes"
     assert "time: the speed of cpu in fp32 is not known; --gpu-memory 80GiB --gpu NAME" in finished.stderr
 
 

@@ -14,7 +14,7 @@ from truthgpt.errors import ConfigError, OutOfMemoryError
 if TYPE_CHECKING:
     from truthgpt.plan_run import RunPlan
 
-_GIB = 2**30
+_UNITS = {"GiB": 2**30, "MiB": 2**20}
 _GPU = "H100"
 
 
@@ -53,12 +53,13 @@ def _print(found: RunPlan) -> None:
     again = f", {found.checkpointed_layers} of {found.layers} layers computed again"
     cut = f"{found.grad_accum_steps} x {found.micro_batch_size} samples, {found.tokens_per_step:,} tokens"
     layers = "compiled layers" if found.compiled else "eager"
-    limit = "" if found.limit_bytes is None else f" of {_gib(found.limit_bytes)} that may be taken"
+    unit = "GiB" if found.peak_bytes >= _UNITS["GiB"] else "MiB"
+    limit = "" if found.limit_bytes is None else f" of {_amount(found.limit_bytes, 'GiB')} that may be taken"
     lines = [
         ("device", f"{found.device}; {precision_label(found.precision)}, {layers}"),
         ("parameters", f"{found.parameters:,}{trained}"),
         ("a step", f"{cut}{again if found.checkpointed_layers else ''}"),
-        ("peak", f"{_gib(found.peak_bytes)}{limit}, at {found.peak_moment}"),
+        ("peak", f"{_amount(found.peak_bytes, unit)}{limit}, at {found.peak_moment}"),
         *([] if found.step_time_s is None else [("time a step", f"{found.step_time_s:.3g} s, about")]),
         *([] if found.run_time_s is None else [("time of the run", f"{_duration(found.run_time_s)}, about")]),
     ]
@@ -67,9 +68,9 @@ def _print(found: RunPlan) -> None:
         typer.echo(f"{name:{width}}  {text}")
     typer.echo()
     print_table(
-        ("memory", "GiB", ""),
+        ("memory", unit, ""),
         [
-            (name, f"{size / _GIB:7.2f}", "#" * round(40 * size / found.peak_bytes))
+            (name, f"{size / _UNITS[unit]:7.2f}", "#" * round(40 * size / found.peak_bytes))
             for name, size in found.memory_bytes.items()
             if size
         ],
@@ -80,8 +81,8 @@ def _print(found: RunPlan) -> None:
         [
             (
                 str(each.checkpointed_layers),
-                _gib(each.activation_bytes),
-                _gib(each.peak_bytes),
+                _amount(each.activation_bytes, unit),
+                _amount(each.peak_bytes, unit),
                 "-" if each.step_time_s is None else f"{each.step_time_s:.3g} s",
                 "" if each.fits else "does not fit",
             )
@@ -97,8 +98,8 @@ def _print(found: RunPlan) -> None:
         )
 
 
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.2f} GiB"
+def _amount(size_bytes: int, unit: str) -> str:
+    return f"{size_bytes / _UNITS[unit]:.2f} {unit}"
 
 
 def _duration(seconds: float) -> str:
