@@ -94,6 +94,8 @@ class GenericTrainer:
                     self._leave_if_asked()
                     self._advance(next(batches))
                     self._boundary()
+            if self._saved_step is None:  # resumed at its end: the folder may hold a branch that was left, or nothing
+                self._save(best=self.state.best_step == self.state.step)
             self.parts.export(self.parts.checkpoints.best_or_last())
         except BaseException as error:
             self._call("on_exception", {"error": error})
