@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
@@ -204,12 +206,23 @@ def test_a_failure_leaves_what_was_there(bases: Cli, monkeypatch: pytest.MonkeyP
     run(bases, "export", "runs/t", "--out", "out")
     before = {path.name: path.read_bytes() for path in (bases.folder / "out").iterdir()}
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    told_of_a_file = "[Errno 28] No space left on device: 'a' -> 'b'"
+    for writer, error, merge in (
+        ("shutil.copytree", shutil.Error([("a", "b", told_of_a_file), ("c", "d", told_of_a_file)]), False),
+        (
+            "transformers.PreTrainedModel.save_pretrained",
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            True,
+        ),
+    ):
 
-    monkeypatch.setattr("shutil.copytree", full)
-    with pytest.raises(RunDirectoryError, match=r"out cannot be written: .*No space left"):
-        export_model(Path("runs/t"), Path("out"), CPU, overwrite=True)
+        def full(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, full)
+            with pytest.raises(RunDirectoryError, match=r"out cannot be written: \[Errno 28\] No space left"):
+                export_model(Path("runs/t"), Path("out"), CPU, overwrite=True, merge=merge)
     assert {path.name: path.read_bytes() for path in (bases.folder / "out").iterdir()} == before
     assert left_behind(bases.folder) == ["out"]
 

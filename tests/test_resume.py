@@ -12,6 +12,7 @@ import torch
 
 from tests.process import Cli
 from tests.sample_data import BASE, write_sources
+from truthgpt.runtime.run_directory import read_status
 
 PLUGIN = ("--plugin", "tests.plugins.kill_switch", "training.callbacks=[print, kill_switch]")
 SOURCES = {
@@ -116,6 +117,23 @@ def test_a_finished_run_goes_on_from_a_checkpoint_that_is_named(cli: Cli, name: 
     again = cli(*command, "--resume", str(run / "checkpoints" / name))
     assert again.exit_code == 0 and "already complete" not in again.stderr, again.stderr
     assert_same_run(straight, run, 6)
+
+
+def test_a_run_that_is_resumed_at_its_end_is_that_of_its_checkpoint(cli: Cli) -> None:
+    """Whose last step is the one it goes back to, and whose checkpoint is of another directory."""
+    write_sources(cli.folder)
+    command = ("train", "base.yaml", *SOURCES["text"], "training.eval_interval=2", "checkpoint.interval_steps=2")
+    run, other = cli.folder / "runs/t", cli.folder / "other"
+    assert cli(*command, "training.max_steps=4").exit_code == 0
+    shutil.copytree(run, cli.folder / "long", symlinks=True)
+    for folder, source, step in ((run, run, 2), (other, cli.folder / "long", 4)):
+        checkpoint = source / f"checkpoints/step_{step:08d}.pt"
+        at_end = (f"training.max_steps={step}", f"output_dir={folder}", "--resume", str(checkpoint))
+        finished = cli(*command, *at_end)
+        assert finished.exit_code == 0, finished.stderr
+        assert f"- Step: {step} " in (folder / "model/README.md").read_text()
+        assert sorted(path.stem for path in (folder / "checkpoints").glob("*.pt"))[-1] == f"step_{step:08d}"
+        assert read_status(folder)["best_step"] == step
 
 
 def test_a_stop_ends_the_loader_processes(cli: Cli) -> None:

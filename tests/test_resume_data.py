@@ -14,6 +14,7 @@ from tests.test_resume import equal
 from truthgpt.build import build_components
 from truthgpt.build_trainer import build_trainer
 from truthgpt.errors import DataError
+from truthgpt.trainers.checkpoint import load_checkpoint
 from truthgpt.trainers.trainer import GenericTrainer
 from truthgpt.validate_config import load_config
 
@@ -164,6 +165,27 @@ def test_changed_validation_data_is_refused_on_resume(
     held.write_text(held.read_text().replace("q", "Q", 1))
     with pytest.raises(DataError, match="the validation data is not what this run was evaluated on"):
         trainer_of(tmp_path, {**training, "validation_path": "held.jsonl"}, "resumed", resume=resume)
+
+
+def test_validation_data_is_remembered_by_a_resume_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which keeps the best so far, by the metric of then."""
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    write_every_source(tmp_path)
+    held, training = tmp_path / "held.jsonl", {"source": "jsonl", "path": "rows/*.jsonl", "validation_fraction": 0}
+    held.write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    straight = trainer_of(tmp_path, {**training, "validation_path": "held.jsonl"}, "straight")
+    straight.train()
+    step = str(straight.parts.checkpoints.folder / "last.pt")
+    without = trainer_of(tmp_path, training, "without", resume={"enabled": True, "checkpoint_dir": step})
+    without.train()
+    last = str(without.parts.checkpoints.folder / "last.pt")
+    state = load_checkpoint(Path(last))["state"]
+    assert state["best_by"] == "ppl" and state["best_metric"] is not None
+    held.write_text(held.read_text().replace("q", "Q", 1))
+    with pytest.raises(DataError, match="the validation data is not what this run was evaluated on"):
+        data = {**training, "validation_path": "held.jsonl"}
+        trainer_of(tmp_path, data, "again", resume={"enabled": True, "checkpoint_dir": last})
 
 
 def _change_one_letter(folder: Path, name: str) -> None:

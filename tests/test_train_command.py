@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -204,12 +205,14 @@ def test_a_run_older_than_a_key_is_complete_all_the_same(base: Cli) -> None:
     assert "already complete" in train(base, "training.max_steps=2", "--resume", "auto").stderr
 
 
-def test_a_torn_configuration_is_named(base: Cli) -> None:
+def test_a_damaged_configuration_is_named(base: Cli) -> None:
     train(base, "training.max_steps=2")
     config = base.folder / "runs/t/config.yaml"
-    config.write_text(config.read_text().partition("\ntraining:")[0])
-    refused = base("train", "base.yaml", "training.max_steps=3", "--resume", "auto")
-    assert refused.exit_code == 2 and "config.yaml is damaged" in refused.stderr, refused.stderr
+    whole = config.read_text()
+    for damaged in (whole.partition("\ntraining:")[0], re.sub("train_batch_size: .*", "train_batch_size:", whole)):
+        config.write_text(damaged)
+        refused = base("train", "base.yaml", "training.max_steps=3", "--resume", "auto")
+        assert refused.exit_code == 2 and "config.yaml is damaged" in refused.stderr, refused.stderr
 
 
 def test_json_of_a_resume_that_fails_before_it_begins(base: Cli) -> None:

@@ -24,6 +24,7 @@ from truthgpt.models.causal_lm import quiet_transformers
 from truthgpt.models.lora import ADAPTER_CONFIG, BASE_FOLDER, save_adapters
 from truthgpt.models.merge import merged_model, without_adapters
 from truthgpt.models.trained_weights import has_adapters
+from truthgpt.runtime.atomic_file import rust_disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +105,13 @@ def _write(loaded: LoadedModel, written: Path, folder: Path | None) -> Expected:
 def _write_loaded(loaded: LoadedModel, written: Path) -> None:
     """A checkpoint's weights beside the description of its run's model."""
     _copy_description(loaded.folder, written)
-    if has_adapters(loaded.model):
-        save_adapters(loaded.model, written, as_safetensors=True)
-        if (loaded.folder / BASE_FOLDER).is_dir():
-            shutil.copytree(loaded.folder / BASE_FOLDER, written / BASE_FOLDER)
-    else:
-        loaded.model.save_pretrained(written)
+    with rust_disk_errors():
+        if has_adapters(loaded.model):
+            save_adapters(loaded.model, written, as_safetensors=True)
+            if (loaded.folder / BASE_FOLDER).is_dir():
+                shutil.copytree(loaded.folder / BASE_FOLDER, written / BASE_FOLDER)
+        else:
+            loaded.model.save_pretrained(written)
 
 
 def _copy_description(folder: Path, written: Path, leave_out: tuple[str, ...] = ()) -> None:
@@ -139,7 +141,8 @@ def _write_merged(loaded: LoadedModel, written: Path, dtype: torch.dtype | None,
     expected = expect(loaded)
     with without_adapters(model):
         base = logits_of(model, expected.inputs)
-    merged_model(model, dtype).save_pretrained(written)
+    with rust_disk_errors():
+        merged_model(model, dtype).save_pretrained(written)
     _copy_description(loaded.folder, written, leave_out=(ADAPTER_CONFIG, "config.json"))
     return replace(expected, merging=Merging(dtype, base))
 
@@ -154,6 +157,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rename(replaced)
         written.rename(out)
+    except shutil.Error as error:  # of a folder: a line for each of its files
+        raise RunDirectoryError(f"{out} cannot be written: {error.args[0][0][2]}") from error
     except OSError as error:
         raise RunDirectoryError(f"{out} cannot be written: {error}") from error
     finally:

@@ -55,6 +55,21 @@ def test_wrong_usage_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixtu
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "TOO_LONG", "--prompt", "x"),
+        ("eval", "TOO_LONG"),
+        ("train", "debug", "resume.enabled=true", "resume.checkpoint_dir=TOO_LONG"),
+        ("plan", "debug", "model.name_or_path=TOO_LONG"),
+    ],
+)
+def test_a_path_out_of_reach_is_no_bug(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*(argument.replace("TOO_LONG", "x" * 300) for argument in arguments)) == 2
+    said = capsys.readouterr().err
+    assert "File name too long; give a path" in said and "unexpected" not in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("error", [DataError("bad\nworse"), CheckpointError("x"), RunDirectoryError("y")])
 def test_expected_errors_end_with_their_own_code(
     failing: list[BaseException], error: TruthGPTError, capsys: pytest.CaptureFixture[str]

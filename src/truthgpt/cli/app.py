@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -32,6 +33,9 @@ _EVERYWHERE = "Everywhere: --plugin MODULE loads a module that registers compone
 
 _TAKE_KEYS = {"train", "validate", "inspect", "plan", "eval", "benchmark"}
 """Commands that take `key=value`."""
+
+_OUT_OF_REACH = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
+"""What a path that was given can be, at the first look at it: not a bug."""
 
 
 class _Commands(TyperGroup):
@@ -101,6 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except Exception as error:  # noqa: BLE001 - whatever no command expects ends here, in one line
         _show_traceback(arguments)
+        if isinstance(error, OSError) and error.errno in _OUT_OF_REACH and error.filename is not None:
+            say(f"error: {str(error.filename)[:200]}: {error.strerror}; give a path that this user can read")
+            sys.exit(ConfigError.exit_code)
         said = " ".join(str(error).split())
         say(f"error: unexpected {type(error).__name__}: {said} (run again with --debug for the traceback)")
         sys.exit(1)

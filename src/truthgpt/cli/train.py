@@ -189,7 +189,8 @@ def _saved_config(folder: Path) -> Mapping[str, Any] | None:
         return None
     saved = load_raw(path).data
     training = saved.get("training")
-    if not isinstance(training, Mapping) or not {"train_batch_size", "grad_accum_steps"} <= training.keys():
+    sizes = ("train_batch_size", "grad_accum_steps")
+    if not isinstance(training, Mapping) or not all(isinstance(training.get(key), int) for key in sizes):
         message = "is damaged: it is not the configuration of a run"
         fix = "put the run's own back, or delete it: then a resume does not look for what changed"
         raise ConfigError([Problem(key="", message=f"{path} {message}", suggestion=fix)])

@@ -19,6 +19,7 @@ from truthgpt.errors import RunDirectoryError
 _TEMPORARY_NAME = re.compile(r"\..+\.tmp-[A-Za-z0-9-]+-\d+")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _MIB = 2**20
 
 
@@ -198,6 +199,18 @@ def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunDirectoryError(_explain(path, error, needed_bytes)) from error
+
+
+@contextlib.contextmanager
+def rust_disk_errors() -> Iterator[None]:
+    """Turn what safetensors and tokenizers say of the disk in their own words into the OSError that it is."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises nothing narrower
+        found = _RUST_ERROR.search(str(error))
+        if found is not None:
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
 
 
 def _explain(path: Path, error: OSError, needed_bytes: int | None) -> str:

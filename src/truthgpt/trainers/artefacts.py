@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from truthgpt.models.lora import (
@@ -24,7 +21,7 @@ from truthgpt.models.lora import (
     save_adapters,
 )
 from truthgpt.models.trained_weights import adapter_weights, base_state, load_trained_state
-from truthgpt.runtime.atomic_file import commit_file, disk_errors, temporary_beside, write_atomic
+from truthgpt.runtime.atomic_file import commit_file, disk_errors, rust_disk_errors, temporary_beside, write_atomic
 from truthgpt.trainers.checkpoint_payload import write_payload
 
 _CARD = """---
@@ -57,7 +54,6 @@ base = {model_class}.from_pretrained({base!r})
 _RESIZE = "base.resize_token_embeddings(len(processor))  # the adapters train new tokens\n"
 _TEXT_CLASSES = ("AutoModelForCausalLM", "AutoTokenizer")
 _BIN_FILE = "pytorch_model.bin"
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _IMAGE_CLASSES = ("AutoModelForImageClassification", "AutoImageProcessor")
 
 
@@ -120,7 +116,7 @@ class ModelArtefacts:
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """See `Artefacts`."""
-        with _weights_errors(self.folder):
+        with disk_errors(self.folder), rust_disk_errors():
             _save_model(self.model, self.folder, self.model.state_dict(), self.safetensors)
         model_class, processor_class = _TEXT_CLASSES if self.model.can_generate() else _IMAGE_CLASSES
         what = f"A {self.model.config.model_type} model with {self.model.num_parameters():,} parameters"
@@ -154,7 +150,7 @@ class AdapterArtefacts:
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """See `Artefacts`."""
-        with _weights_errors(self.folder):
+        with disk_errors(self.folder), rust_disk_errors():
             if self._own_base is not None:
                 self._own_base.mkdir(exist_ok=True)
                 _save_model(self.model, self._own_base, base_state(self.model), self.safetensors)
@@ -184,7 +180,7 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         RunDirectoryError: the disk is full or not writable.
     """
     temporary = temporary_beside(folder / "description")  # inside, should `folder` be a link to another disk
-    with disk_errors(folder):
+    with disk_errors(folder), rust_disk_errors():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -195,19 +191,6 @@ def _written_whole(folder: Path) -> Iterator[Path]:
                 commit_file(path, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _weights_errors(folder: Path) -> Iterator[None]:
-    """`disk_errors` of the body, those that safetensors has told in its own words too."""
-    with disk_errors(folder):
-        try:
-            yield
-        except SafetensorError as error:
-            found = _OS_ERROR.search(str(error))
-            if found is None:
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _save_description(model: PreTrainedModel, folder: Path) -> None:

@@ -77,6 +77,9 @@ class GenericTrainer:
         self._started_s = time.perf_counter()
         self._wall_time_before_s = 0.0
         self._saved_step: int | None = None
+        # Of the best so far: kept by a resume without validation, or the next one would compare with another's.
+        self._validation = parts.validation
+        self._best_by = parts.evaluator.selected_by if parts.evaluator else None
 
     def train(self) -> TrainState:
         """Train until the last step, a limit or early stopping; returns the final state.
@@ -94,6 +97,8 @@ class GenericTrainer:
                     self._leave_if_asked()
                     self._advance(next(batches))
                     self._boundary()
+            if self._saved_step is None:  # resumed at its end: the folder may hold a branch that was left, or nothing
+                self._save(best=self.state.best_step == self.state.step)
             self.parts.export(self.parts.checkpoints.best_or_last())
         except BaseException as error:
             self._call("on_exception", {"error": error})
@@ -255,8 +260,8 @@ class GenericTrainer:
         return {
             "state": {
                 **self.state.to_dict(),
-                "validation": parts.validation,
-                "best_by": parts.evaluator.selected_by if parts.evaluator else None,
+                "validation": self._validation,
+                "best_by": self._best_by,
                 "meter": parts.meter.state_dict(),
                 "guard": parts.engine.guard.state_dict(),
                 "plan": dataclasses.asdict(parts.plan.plan),
@@ -293,6 +298,7 @@ class GenericTrainer:
     def _check_validation(self, then: str | None) -> None:
         """Values on other data are no better or worse than those before; of a run without any there is none."""
         now = self.parts.validation
+        self._validation = now or then
         if then is not None and now is not None and then != now:
             raise DataError(
                 f"the validation data is not what this run was evaluated on: fingerprint {then[:12]} then, {now[:12]} "
@@ -302,12 +308,11 @@ class GenericTrainer:
 
     def _forget_best_of(self, metric: str | None) -> None:
         """Values of the restored run's `metric` (None: not known) are not compared with those of another one."""
-        evaluator = self.parts.evaluator
-        if evaluator is None or metric in (None, evaluator.selected_by):
+        if self._best_by is None:
+            self._best_by = metric
+        if metric in (None, self._best_by):
             return
-        logger.warning(
-            "eval.select_best_by is %s now and was %s: the best so far is forgotten", evaluator.selected_by, metric
-        )
+        logger.warning("eval.select_best_by is %s now and was %s: the best so far is forgotten", self._best_by, metric)
         self.state = dataclasses.replace(
             self.state, best_metric=None, best_step=None, evaluations_without_improvement=0
         )
