@@ -180,6 +180,44 @@ def test_a_best_that_is_gone_gives_way_to_last(tmp_path: Path, links: str, best_
     assert weight(tmp_path / "last.pt") == 40 and not (tmp_path / "best.json").exists()
 
 
+@pytest.mark.parametrize("there_before", [False, True])
+@pytest.mark.parametrize("where", ["best.pt", "step_00000010.pt", None])
+def test_a_run_that_goes_on_elsewhere_takes_its_best_along(
+    tmp_path: Path, links: str, where: str | None, there_before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever lies there, of the same step too, is of another run."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for step in (10, 20):
+        store(old).save(step, going_back(step, best_step=10), best=step == 10)
+    if where != "best.pt":
+        (old / "best.pt").unlink()
+    if where is None:
+        (old / "step_00000010.pt").unlink()
+    if there_before:
+        store(new).save(10, {**going_back(10, best_step=10), **{"model": {"w": torch.full((300,), 7.0)}}}, best=True)
+    checkpoints = store(new)
+    state = checkpoints.load(old / "last.pt")["state"]
+    checkpoints.save(25, going_back(25, state["best_step"]), best=False)
+    assert weight(checkpoints.best_or_last()) == (25 if where is None else 10)
+    assert ("is not in" in caplog.text) is (where is None)
+    assert (new / "best.pt").exists() is (new / "best.json").exists() is (where is not None)
+    assert not (new / "best.pt").is_symlink()
+    checkpoints.save(30, going_back(30, best_step=30), best=True)
+    assert weight(new / "best.pt") == 30
+    if where is not None:
+        assert weight(old / where) == 10
+
+
+def test_going_on_in_the_same_folder_takes_nothing(tmp_path: Path, links: str) -> None:
+    checkpoints = store(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(step, going_back(step, best_step=10), best=step == 10)
+    checkpoints.load(tmp_path / "last.pt")
+    kept = (tmp_path / "best.pt").stat().st_ino
+    checkpoints.save(25, going_back(25, best_step=10), best=False)
+    assert (tmp_path / "best.pt").stat().st_ino == kept and weight(tmp_path / "best.pt") == 10
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path, links: str) -> None:
     checkpoints = store(tmp_path)
     checkpoints.save(10, payload(10, content=1), best=True)

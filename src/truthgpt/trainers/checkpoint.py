@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # only the error: nothing here unpickles
 from typing import Any
@@ -26,40 +25,30 @@ from truthgpt.runtime.atomic_file import (
     copy_atomic,
     disk_errors,
     link_atomic,
-    sha256_of,
     temporary_beside,
     write_atomic,
 )
 from truthgpt.runtime.environment import package_versions, utc_now
+from truthgpt.trainers.checkpoint_manifest import (
+    CHECKPOINT_VERSION,
+    LINKS,
+    InvalidCheckpoint,
+    Manifest,
+    links_in,
+    read_manifest,
+    step_files,
+    step_of,
+    verify,
+)
 from truthgpt.trainers.checkpoint_payload import check_parts, check_plain, write_payload
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_VERSION = 1
-"""Format of the payload; a checkpoint of another version is refused."""
-
-_STEP_NAME = re.compile(r"step_(\d{8,})\.(?:pt|json)")
-_LINKS = ("last.pt", "best.pt")
 _DAMAGE = (
     *(UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError),
     ValueError,
 )
 """What reading a damaged file raises: where nothing was verified, anything may come out of it."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The document beside a checkpoint. Those of `last.pt` and `best.pt` are `{step, sha256}` only."""
-
-    step: int
-    sha256: str
-    size_bytes: int | None = None
-    run_id: str | None = None
-    best: bool = False
-    """It was the best of its run when it was saved, so `best.pt` is to point at it."""
-    format_version: int = CHECKPOINT_VERSION
-    created_at: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,10 +58,6 @@ class Found:
     path: Path
     step: int
     manifest: Manifest
-
-
-class _Invalid(Exception):
-    """Why a file is no valid checkpoint; the text completes the sentence "FILE ..."."""
 
 
 class CheckpointStore:
@@ -88,6 +73,7 @@ class CheckpointStore:
         self.folder = folder
         self.run_id = run_id
         self.keep_last = keep_last
+        self._source: Path | None = None  # another folder, which the run goes on from; until the first save
         self._versions = package_versions()
 
     def save(self, step: int, payload: dict[str, Any], *, best: bool) -> Path:
@@ -116,10 +102,15 @@ class CheckpointStore:
                 commit_file(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)  # before the error is explained with the space that is free
-        for link in _LINKS if best else _LINKS[:1]:
+        for link in LINKS if best else LINKS[:1]:
             self._point(link, target, manifest)
-        if not best:
-            self._settle_best(payload["state"])
+        state: Mapping[str, Any] = payload["state"]
+        if not best and "best_step" in state:
+            if self._source is None:
+                self._settle_best(state["best_step"])
+            else:
+                self._take_best(self._source, state["best_step"])
+        self._source = None
         self._prune(step)
         return target
 
@@ -133,9 +124,9 @@ class CheckpointStore:
             CheckpointError: there are checkpoints but none is valid (each with its reason), or one is of another run.
         """
         found = _newest_valid(self.folder, self.run_id)
-        if found is not None and found.path.name not in _LINKS:
-            swapped = _links(self.folder)
-            for link in _LINKS if found.manifest.best else _LINKS[:1]:
+        if found is not None and found.path.name not in LINKS:
+            swapped = links_in(self.folder)
+            for link in LINKS if found.manifest.best else LINKS[:1]:
                 if swapped.get(self.folder / link) != found.step:
                     self._point(link, found.path, found.manifest)
         return found
@@ -146,22 +137,24 @@ class CheckpointStore:
         Raises:
             CheckpointError: neither is valid.
         """
-        for path in sorted(_links(self.folder)):
+        for path in sorted(links_in(self.folder)):
             try:
-                _verify(path)
-            except _Invalid as reason:
+                verify(path)
+            except InvalidCheckpoint as reason:
                 logger.warning("%s %s", path, reason)
                 continue
             return path
         raise CheckpointError(f"neither best.pt nor last.pt in {self.folder} is a valid checkpoint")
 
     def load(self, path: Path) -> dict[str, Any]:
-        """`load_checkpoint`, for who holds the store."""
-        return load_checkpoint(path)
+        """`load_checkpoint`, to go on from it: the next save takes the best along, should it be in another folder."""
+        payload = load_checkpoint(path)
+        self._source = None if path.parent.resolve() == self.folder.resolve() else path.parent
+        return payload
 
     def _detach_symlinks(self, target: Path) -> None:
         """Before `target` is replaced: make symbolic links to it files of their own, as hard links are already."""
-        for name in _LINKS:
+        for name in LINKS:
             link = self.folder / name
             if link.is_symlink() and link.readlink().name == target.name:
                 copy_atomic(target, link)
@@ -176,33 +169,54 @@ class CheckpointStore:
         link_atomic(target, link)
         _write_document(link.with_suffix(".json"), {"step": manifest.step, "sha256": manifest.sha256})
 
-    def _settle_best(self, state: Mapping[str, Any]) -> None:
-        """Have `best.pt` stand for the `best_step` of `state`; it does, unless the run went back to an earlier step.
+    def _settle_best(self, best_step: int | None) -> None:
+        """Have `best.pt` stand for `best_step`; it does, unless the run went back to an earlier step.
 
         Then it is of the branch that was left. Where the best step's own checkpoint is gone, there is no best any more.
         """
         best = self.folder / "best.pt"
         try:
-            claimed = _read_manifest(best.with_suffix(".json")).step
-        except _Invalid:
+            claimed = read_manifest(best.with_suffix(".json")).step
+        except InvalidCheckpoint:
             return  # none, or a damaged one, which whoever needs it is told
-        wanted = state.get("best_step", claimed)
-        if wanted == claimed:
+        if best_step == claimed:
             return
-        with contextlib.suppress(_Invalid):
-            own = self.folder / f"step_{wanted or 0:08d}.pt"
-            self._point("best.pt", own, _verify(own))
+        with contextlib.suppress(InvalidCheckpoint):
+            own = self.folder / f"step_{best_step or 0:08d}.pt"
+            self._point("best.pt", own, verify(own))
             return
         logger.info("%s of step %d is removed: it is not the best of this run", best, claimed)
+        self._remove_best()
+
+    def _take_best(self, source: Path, best_step: int | None) -> None:
+        """Have `best.pt` be a copy of that in `source`, if it is of `best_step`; what is here is of another run."""
+        best = self.folder / "best.pt"
+        for path in (source / "best.pt", source / f"step_{best_step or 0:08d}.pt"):
+            with contextlib.suppress(InvalidCheckpoint):
+                manifest = verify(path)
+                if manifest.step == best_step:
+                    copy_atomic(path, best)
+                    _write_document(best.with_suffix(".json"), {"step": manifest.step, "sha256": manifest.sha256})
+                    return
+        if best_step is not None:
+            logger.warning(
+                "the best so far, of step %d, is not in %s: unless a better one comes, the final model is the last",
+                best_step,
+                source,
+            )
+        self._remove_best()
+
+    def _remove_best(self) -> None:
+        best = self.folder / "best.pt"
         for path in (best.with_suffix(".json"), best):
             with disk_errors(path):
                 path.unlink(missing_ok=True)
 
     def _prune(self, saved_step: int) -> None:
         """Keep the newest `keep_last` by step. Steps above the one just saved are of a branch that was left."""
-        files, manifests = ({_step_of(path) for path in _step_files(self.folder, kind)} for kind in (".pt", ".json"))
+        files, manifests = ({step_of(path) for path in step_files(self.folder, kind)} for kind in (".pt", ".json"))
         oldest = sorted((step for step in files & manifests if step <= saved_step), reverse=True)[: self.keep_last][-1]
-        links = [self.folder / name for name in _LINKS]
+        links = [self.folder / name for name in LINKS]
         pointed_at = {link.readlink().name for link in links if link.is_symlink()}
         for step in files | manifests:
             path = self.folder / f"step_{step:08d}.pt"
@@ -261,8 +275,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, without its manifest, of another version, or without one of its parts.
     """
     try:
-        _verify(path)
-    except _Invalid as reason:
+        verify(path)
+    except InvalidCheckpoint as reason:
         raise CheckpointError(
             f"{path} {reason}; choose another checkpoint, or --resume auto for the newest valid one (a checkpoint that "
             "is copied needs its .json beside it)"
@@ -288,8 +302,8 @@ def _newest_valid(folder: Path, run_id: str | None) -> Found | None:
     reasons: list[str] = []
     for path in candidates:
         try:
-            manifest = _verify(path)
-        except _Invalid as reason:
+            manifest = verify(path)
+        except InvalidCheckpoint as reason:
             reasons.append(f"{path} {reason}")
             continue
         for reason_text in reasons:
@@ -303,97 +317,23 @@ def _newest_valid(folder: Path, run_id: str | None) -> Found | None:
 
 def _candidates(folder: Path) -> list[Path]:
     """The checkpoint files of `folder`, the newest first; of one step, the step's own file before a link."""
-    steps = {path: _step_of(path) for path in _step_files(folder, ".pt")}
-    links = _links(folder)
+    steps = {path: step_of(path) for path in step_files(folder, ".pt")}
+    links = links_in(folder)
     claimed = {**steps, **links}
     return sorted(claimed, key=lambda path: (-claimed[path], path in links, path.name == "best.pt"))
-
-
-def _links(folder: Path) -> dict[Path, int]:
-    """The links that are there, with the step each claims; -1 (tried last) without a manifest.
-
-    A `best.pt` newer than `last.pt` is left out: the run went back to an earlier step, and it is of the branch it left.
-    """
-    steps = {}
-    for path in (folder / name for name in _LINKS):
-        if path.is_symlink() or path.exists():
-            try:
-                steps[path] = _read_manifest(path.with_suffix(".json")).step
-            except _Invalid:
-                steps[path] = -1
-    last, best = (folder / name for name in _LINKS)
-    if last in steps and best in steps and steps[best] > steps[last] >= 0:
-        del steps[best]
-    return steps
 
 
 def _check_owner(candidates: list[Path], run_id: str | None) -> None:
     """Refuse a folder with checkpoints of another run than `run_id`, or (None) of several runs."""
     for path in candidates:
         try:
-            owner = _read_manifest(path.with_suffix(".json")).run_id
-        except _Invalid:
+            owner = read_manifest(path.with_suffix(".json")).run_id
+        except InvalidCheckpoint:
             continue
         run_id = run_id or owner
         if owner not in (None, run_id):
             advice = "move it out of the folder, or start anew with --overwrite"
             raise CheckpointError(f"{path} is of run {owner}, not of run {run_id}; {advice}")
-
-
-def _verify(path: Path) -> Manifest:
-    """The manifest whose size and digest `path` has; `_Invalid` says what is wrong with it."""
-    problem = "is damaged: its SHA-256 is not that of its manifest"
-    manifest: Manifest | None = None
-    try:
-        manifest = _read_manifest(path.with_suffix(".json"))
-    except _Invalid as reason:
-        problem = str(reason)
-    manifests = [] if manifest is None else [manifest]
-    if path.name in _LINKS:
-        for other in _step_files(path.parent, ".json"):
-            with contextlib.suppress(_Invalid):
-                manifests.append(_read_manifest(other))
-    try:
-        size_bytes = path.stat().st_size
-        if manifest is not None and manifest.size_bytes not in (None, size_bytes):
-            raise _Invalid(f"is {size_bytes} bytes long, its manifest says {manifest.size_bytes}")
-        digest = sha256_of(path) if manifests else ""
-    except OSError as error:
-        raise _Invalid(f"cannot be read: {error.strerror}") from None
-    for manifest in manifests:
-        if manifest.sha256 == digest:
-            return manifest
-    raise _Invalid(problem)
-
-
-def _read_manifest(path: Path) -> Manifest:
-    """The manifest at `path`; `_Invalid` when it is missing, torn, or lacks what its kind must have."""
-    try:
-        manifest = Manifest(**json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        raise _Invalid(f"has no manifest ({path.name})") from None
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise _Invalid(f"has a damaged or foreign manifest ({path.name})") from None
-    of_step = _STEP_NAME.fullmatch(path.name)
-    complete = isinstance(manifest.size_bytes, int) and isinstance(manifest.run_id, str)
-    if not isinstance(manifest.step, int) or (of_step and not complete):
-        raise _Invalid(f"has a damaged or foreign manifest ({path.name})")
-    if of_step and int(of_step[1]) != manifest.step:
-        raise _Invalid(f"has a manifest of step {manifest.step} ({path.name})")
-    return manifest
-
-
-def _step_files(folder: Path, suffix: str) -> list[Path]:
-    """The `step_N.pt` or `step_N.json` of `folder`; ordered by nothing, least of all by time."""
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if path.suffix == suffix and _STEP_NAME.fullmatch(path.name)]
-
-
-def _step_of(path: Path) -> int:
-    match = _STEP_NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
 
 
 def _write_document(path: Path, document: dict[str, Any]) -> None:
