@@ -165,8 +165,10 @@ def test_installed_plugins_are_loaded_and_a_broken_one_is_left_out(tmp_path: Pat
 def test_a_key_given_as_an_option_is_told_how_to_set_it(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("validate", "debug", option, "3") == 2
     assert capsys.readouterr().err.startswith(f"error: {option.partition('=')[0]} is no option; a key is set without")
-    # Other commands take such words as values.
-    assert exit_code("generate", "no_such_run", "--prompt", "--a_b") == 4
+    # Other commands take such words as values, whatever else they are given.
+    assert exit_code("generate", "no_such_run", "--prompt", "--a_b", "--prompt", "train") == 4
+    assert exit_code("--debug", "benchmark", "train", "debug", option, "3") == 2
+    assert "is no option; a key is set without" in capsys.readouterr().err
 
 
 def test_global_options_stop_at_the_double_dash() -> None:

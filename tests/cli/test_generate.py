@@ -158,7 +158,7 @@ def test_standard_input_is_utf_8_in_every_locale(monkeypatch: pytest.MonkeyPatch
     for raw, prompts in (("\ufeffé\n".encode(), ["é"]), (b"a\n\xff\n", None)):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii", errors=errors))
         if prompts is None:
-            with pytest.raises(DataError, match=r"--prompts: - cannot be read: 'utf-8.*' codec can't decode"):
+            with pytest.raises(DataError, match=r"^--prompts: standard input: byte 2 is not UTF-8$"):
                 _prompts(None, Path("-"))
         else:
             assert _prompts(None, Path("-")) == prompts
@@ -231,7 +231,7 @@ def test_mistakes_get_one_clear_line(cli: Cli, case: str) -> None:
         ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}', 'bad.jsonl:2: expected an object with a text "prompt"'),
         ("bad.jsonl", '{"prompt": 3}', "bad.jsonl:1: expected"),
         ("bad.jsonl", "[1]", "bad.jsonl:1: expected"),
-        ("bad.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("bad.txt", b"a\xfe\x00", "bad.txt: byte 1 is not UTF-8"),
     ],
 )
 def test_files_that_hold_no_prompts(tmp_path: Path, name: str, text: str | bytes | None, message: str) -> None:

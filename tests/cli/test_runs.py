@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from truthgpt.cli.runs import collect_runs, runs_app
+from truthgpt.errors import ConfigError
 from truthgpt.runtime.metrics_log import MetricsLog
 from truthgpt.runtime.run_directory import RunDirectory, RunStatus
 
@@ -73,4 +74,5 @@ def test_no_runs_is_no_error(tmp_path: Path) -> None:
     assert missing.exit_code == 0 and "does not exist" in missing.stdout
     assert json.loads(CliRunner().invoke(runs_app, ["list", str(tmp_path), "--json"]).stdout) == []
     (tmp_path / "file").touch()
-    assert "is no folder" in CliRunner().invoke(runs_app, ["list", str(tmp_path / "file")]).stdout
+    refused = CliRunner().invoke(runs_app, ["list", str(tmp_path / "file"), "--json"]).exception
+    assert isinstance(refused, ConfigError) and "is a file; give a run directory" in str(refused)

@@ -32,7 +32,7 @@ from truthgpt.errors import EXIT_PREEMPTED, ConfigError, Preempted, TruthGPTErro
 _EVERYWHERE = "Everywhere: --plugin MODULE loads a module that registers components; --debug shows tracebacks."
 
 _TAKE_KEYS = {"train", "validate", "inspect", "plan", "eval", "benchmark"}
-"""Commands that take `key=value`."""
+"""Commands that take `key=value`. Other trainers have `--max_steps 3`."""
 
 _OUT_OF_REACH = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
 """What a path that was given can be, at the first look at it: not a bug."""
@@ -40,6 +40,12 @@ _OUT_OF_REACH = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
 
 class _Commands(TyperGroup):
     """The commands; an interrupt ends any of them with the exit code of a preempted run."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = found = super().resolve_command(ctx, args)
+        if name in _TAKE_KEYS:
+            _refuse_keys_as_options(rest)
+        return found
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -95,7 +101,6 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own) and exit with the code of its outcome."""
     arguments = _global_first(sys.argv[1:] if argv is None else argv)
     try:
-        _refuse_keys_as_options(arguments)
         app(arguments, prog_name="truthgpt")
     except TruthGPTError as error:
         _show_traceback(arguments)
@@ -131,13 +136,7 @@ def _global_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse_keys_as_options(arguments: Sequence[str]) -> None:
-    """`--max_steps 3`, as other trainers have it: no option has an underscore or a dot in its name, but most keys do.
-
-    Raises:
-        ConfigError: a command that takes `key=value` is given such an option.
-    """
-    if not _TAKE_KEYS & set(arguments):
-        return
+    """Raise ConfigError for a key given as an option: no option has an underscore or a dot, but most keys do."""
     for argument in arguments[: arguments.index("--") if "--" in arguments else None]:
         name = argument.partition("=")[0]
         if name.startswith("--") and ("_" in name or "." in name):

@@ -111,17 +111,20 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     if given is not None:
         return given
     assert file is not None
+    where = "standard input" if str(file) == "-" else str(file)
     try:
-        # Not splitlines: a text may hold other characters that Unicode counts as ends of lines.
-        lines = (standard_input() if str(file) == "-" else file.open(encoding="utf-8-sig")).read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts: {file} cannot be read: {error}") from error
+        text = standard_input().read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"--prompts: {where} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--prompts: {where}: byte {error.start} is not UTF-8") from error
+    lines = text.split("\n")  # not splitlines: a text may hold other characters that Unicode counts as ends of lines
     if file.suffix == ".jsonl":
         prompts = [_prompt_of(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     else:
         prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise DataError(f"--prompts: {file} holds no prompt; write one a line")
+        raise DataError(f"--prompts: {where} holds no prompt; write one a line")
     return prompts
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from truthgpt.cli.output import emit_json
+from truthgpt.errors import ConfigError
 from truthgpt.runtime.metrics_log import read_last
 from truthgpt.runtime.run_directory import is_in_use, is_run_directory, read_status
 
@@ -28,14 +29,15 @@ def list_runs(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """List the runs in a folder, the last updated first."""
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; give a run directory, or a folder of them")
     rows = collect_runs(folder)
     if as_json:
         emit_json(rows)
     elif rows:
         typer.echo(_table(rows))
     else:
-        problem = "is no folder" if folder.exists() else "does not exist"
-        typer.echo(f"no runs in {folder}" if folder.is_dir() else f"no runs: {folder} {problem}")
+        typer.echo(f"no runs in {folder}" if folder.is_dir() else f"no runs: {folder} does not exist")
 
 
 def collect_runs(folder: Path) -> list[dict[str, Any]]:

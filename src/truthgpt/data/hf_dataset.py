@@ -22,7 +22,7 @@ from truthgpt.data.file_identity import READ_BYTES, content_fingerprint, stat_id
 from truthgpt.data.hf_diagnosis import find_mistake, format_suffix, is_json_lines
 from truthgpt.data.paths import resolve_files
 from truthgpt.errors import ConfigError, DataError, Problem
-from truthgpt.runtime.hub import unreachable
+from truthgpt.runtime.hub import cache_when_unreachable
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, IterableDataset
@@ -337,21 +337,19 @@ def _hub_version(location: HfLocation) -> str:
 
 @contextmanager
 def _cache_when_unreachable(name: str) -> Iterator[None]:
-    """Inside it the hub is not asked when it does not answer: its client would retry for half a minute."""
+    """`cache_when_unreachable` for the library, which has a switch of its own."""
     import datasets
     from huggingface_hub import constants
 
-    reason = None if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
-    if reason is None:
+    if datasets.config.HF_HUB_OFFLINE:
         yield
         return
-    logger.warning("%s: %s cannot be reached (%s); using the copy in the cache", name, constants.ENDPOINT, reason)
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+    with cache_when_unreachable(name):
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
+        try:
+            yield
+        finally:
+            datasets.config.HF_HUB_OFFLINE = False
 
 
 def _reason(error: BaseException) -> str:

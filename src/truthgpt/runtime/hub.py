@@ -19,7 +19,7 @@ CONNECT_TIMEOUT_S = 3.0
 
 @contextmanager
 def cache_when_unreachable(name_or_path: str) -> Iterator[None]:
-    """Inside it the hub is not asked for the model `name_or_path` when it does not answer, which is said once.
+    """Inside it the hub is not asked for `name_or_path` when it does not answer, which is said once.
 
     A folder needs no hub. Whether it answers is tried once a process: a model is several files.
     """
