@@ -85,9 +85,9 @@ def test_choices_go_on_when_the_first_is_cancelled_before_its_prompt_ended(monke
         assert engine.step() == [] and (engine.load().running, engine.load().waiting) == (1, 3)
         engine.cancel(0)
         found = finished(engine, ids)
+    assert run_tokens(passes) == 29 + 1, "of the nine tokens of the first, two blocks were kept"
     assert (found[0].finish, found[0].tokens) == ("cancelled", [])
     assert [found[i] for i in ids[1:]] == [alone(tuple(SYSTEM), sampling) for sampling in CHOICES[1:]]
-    assert run_tokens(passes) == 29 + 1, "of the nine tokens of the first, two blocks were kept"
 
 
 def test_choices_go_on_when_the_first_is_cancelled_after_they_were_forked() -> None:
