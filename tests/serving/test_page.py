@@ -115,7 +115,11 @@ def test_an_answer_is_shown_as_it_is_written(open_page: Open) -> None:
 
 def test_figures_are_live(open_page: Open) -> None:
     gate = threading.Semaphore(0)
-    tab = open_page(FakeEngine(before_step=lambda: gate.acquire(timeout=10) and None))
+
+    def let_through() -> None:
+        assert gate.acquire(timeout=60), "nobody opened the gate"
+
+    tab = open_page(FakeEngine(before_step=let_through))
     tab.set("max_tokens", "9")
     tab.send("hello")
     tab.until(lambda: tab.figures() == "waiting for the first token…")
