@@ -141,7 +141,7 @@ def test_wandb_without_its_server_records_offline(
     logger = wandb_logger.WandbLogger()
     start_s = time.monotonic()
     logger.on_start(state_at(0), start_facts(tmp_path))
-    assert time.monotonic() - start_s < 5
+    assert time.monotonic() - start_s < 30, "its own limit is 90 s"
     logger.on_log(state_at(1), log_row(1))
     logger.on_end(state_at(1), end_facts(1))
     (folder,) = (tmp_path / "logs" / "wandb").glob("offline-run-*")

@@ -182,7 +182,7 @@ def test_killed_worker_is_named(victim: int) -> None:
             DataError, match=rf"process {victim} .*was killed by signal 9 \(SIGKILL\).*data.num_workers"
         ):
             list(runs)
-        assert time.monotonic() - started_s < 5
+        assert time.monotonic() - started_s < 30
     assert multiprocessing.active_children() == []
 
 
@@ -245,7 +245,7 @@ def test_no_worker_outlives_the_run(how: str, group: int, tmp_path: Path) -> Non
             os.killpg(process.pid or 0, signal.SIGKILL)
             process.join()
     assert process.exitcode == (1 if how == "SIGINT" else -signal.Signals[how])
-    wait_until(lambda: not any(map(is_running, workers)), 5)
+    wait_until(lambda: not any(map(is_running, workers)), 30)
     errors = (tmp_path / "errors").read_text()
     assert errors.count("Traceback") == errors.count("KeyboardInterrupt\n") == (1 if how == "SIGINT" else 0), errors
 
