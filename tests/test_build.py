@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.factories.registry import Availability, Options, Registry
 from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.load_model import LoadedModel
+from truthgpt.models.tokenizer import byte_tokenizer
 from truthgpt.runtime.onednn import OneDnnConv1D, OneDnnLinear, linear_layers
 from truthgpt.trainers.trainer import GenericTrainer
 from truthgpt.validate_config import load_config
@@ -228,6 +231,33 @@ def test_auto_pads_where_packing_fills_less(tmp_path: Path, caplog: pytest.LogCa
     assert "rows are padded, not packed: padding fills 100%" in caplog.text
     packed = build(tmp_path, *long, "data.packing=true")
     assert "cu_seq_lens" in next(packed.train_loader.batches()).micro_batches[0]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("mix_by", "overlong", "ratio"),
+    [("documents", "drop", 1.0), ("tokens", "drop", 1.0), ("tokens", "truncate", (32 / 33) / (6 / 8))],
+)
+def test_a_mixture_is_shared_out_by_what_is_trained_on(
+    tmp_path: Path, mix_by: str, overlong: str, ratio: float, packing: bool
+) -> None:
+    """Of the first source half the rows are dropped, or all are cut: 32 of its 33 tokens are then labels with an x, of
+    the others' 8 are 6 with a y."""
+    first = ["x" * 7, "x" * 99] if overlong == "drop" else ["x" * 99] * 2
+    for name, texts in (("first", first * 20), ("second", ["y" * 7] * 40)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("first", "second")]
+    data = {
+        "sources": [{"source": "jsonl", "path": path, "weight": 1, "validation_path": paths[1]} for path in paths],
+        **{"mix_by": mix_by, "overlong": overlong, "packing": packing, "max_seq_len": 32, "num_workers": 0},
+    }
+    components = build_components(load_config({**BASE, "data": data}, [f"output_dir={tmp_path / 'runs'}"]))
+    labels: Counter[int] = Counter()
+    with closing(components.train_loader.batches()) as batches:
+        for batch in islice(batches, 100):
+            labels.update(label for part in batch.micro_batches for label in part["labels"].flatten().tolist())
+    x, y = byte_tokenizer()("xy").input_ids
+    assert labels[x] / labels[y] == pytest.approx(ratio, rel=0.02)
 
 
 def test_packing_a_model_that_cannot_keep_documents_apart_is_refused(

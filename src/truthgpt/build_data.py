@@ -95,7 +95,7 @@ def build_train_loader(
         for part, store in zip(data.parts, text.stores, strict=True)
         if isinstance(part.train, DocumentSet)
     ]
-    order = _order(config, datasets, text, plan)
+    order = _order(config, datasets, data, plan)
     return GlobalBatchLoader(_joined(datasets), collate, order, workers, pin_memory)
 
 
@@ -246,16 +246,17 @@ def _stream_settings(
 def _order(
     config: Config,
     datasets: Sequence[BlockDataset | RowDataset | PackedDataset],
-    text: TokenizedText,
+    data: TextData,
     plan: MemoryPlan,
 ) -> BatchOrder:
     sizes = (plan.micro_batch_size, plan.grad_accum_steps, config.seed)
     bins = bucket_bins(config.data)
-    weights = [part.weight for part in text.data.parts if part.weight is not None]
+    weights = [part.weight for part in data.parts if part.weight is not None]
     if weights:
         samples = [len(dataset) for dataset in datasets]
-        documents = [store.meta.documents for store in text.stores]
-        tokens = [store.meta.tokens for store in text.stores]
+        # Not those of the stores: of rows that are cut or left out nothing is trained on.
+        documents = [dataset.documents for dataset in datasets]
+        tokens = [dataset.tokens for dataset in datasets]
         shares = sample_weights(weights, config.data.mix_by, samples, documents, tokens)
         return MixedOrder([SourceShare(n, share) for n, share in zip(samples, shares, strict=True)], *sizes)
     if bins is not None:

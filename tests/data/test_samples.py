@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from truthgpt.data import samples
 from truthgpt.data.base import IGNORED_LABEL, Document, Sample, Segment
+from truthgpt.data.packing import PackedDataset
 from truthgpt.data.samples import BlockDataset, ConcatenatedDataset, Overlong, RowDataset
 from truthgpt.errors import DataError
 
@@ -104,6 +105,35 @@ def test_overlong_rows(make_store: MakeStore, texts: list[str], max_seq_len: int
     assert dataset.overlong_rows == sum(len(text) > max_seq_len for text in texts)
     assert dataset.lengths.dtype == np.int32
     assert dataset.lengths.tolist() == [len(inputs) for inputs, _ in everything(dataset)]
+
+
+@same_fixture
+@given(
+    texts=st.lists(st.text(alphabet="abc", min_size=1, max_size=20), max_size=8),
+    max_seq_len=st.integers(2, 12),
+    overlong=st.sampled_from(["truncate", "split", "drop"]),
+)
+def test_rows_count_what_is_trained_on(
+    make_store: MakeStore, texts: list[str], max_seq_len: int, overlong: Overlong
+) -> None:
+    """By these numbers a mixture is weighted: those of rows that are cut or left out would spoil its shares."""
+    texts = ["x", *texts]
+    dataset = RowDataset(make_store(rows(*texts)), max_seq_len, overlong)
+    kept = [bool(windows([text], max_seq_len, overlong)) for text in texts]
+    assert dataset.documents == sum(kept)
+    assert dataset.tokens == sum(len(inputs) for inputs, _ in windows(texts, max_seq_len, overlong)) + sum(kept)
+    packed = PackedDataset(dataset, max_seq_len, pad_token_id=0, seed=0)
+    assert (packed.documents, packed.tokens) == (dataset.documents, dataset.tokens)
+
+
+def test_a_row_whose_first_piece_is_left_out_counts_once(make_store: MakeStore) -> None:
+    store = make_store(rows(("abcdef", "ghijkl"), "a"))
+    dataset = RowDataset(store, 4, "split")
+    assert (dataset.documents, dataset.tokens, dataset.unsupervised_samples) == (2, 4 + 4 + 1 + 2, 1)
+    whole = RowDataset(store, 16, "split")
+    assert (whole.documents, whole.tokens) == (store.meta.documents, store.meta.tokens)
+    joined = BlockDataset(store, 4)
+    assert (joined.documents, joined.tokens) == (store.meta.documents, store.meta.tokens)
 
 
 @pytest.mark.parametrize(

@@ -41,24 +41,27 @@ class BlockDataset:
         if len(store) < 2:
             raise DataError(f"the data has {len(store)} tokens; at least 2 are needed to predict one")
         self.fingerprint = _fingerprint(store, "stream", max_seq_len)
+        self.documents = store.meta.documents
+        """Documents that the samples are made of."""
+        self.tokens = len(store)
+        """Their tokens."""
         self._reader = _TokenReader(store)
-        self._tokens = len(store)
         self._max_seq_len = max_seq_len
 
     def __len__(self) -> int:
-        return -(-(self._tokens - 1) // self._max_seq_len)
+        return -(-(self.tokens - 1) // self._max_seq_len)
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Input tokens of every sample, `(samples,)`."""
         lengths = np.full(len(self), self._max_seq_len, dtype=np.int32)
-        lengths[-1] = self._tokens - 1 - (len(self) - 1) * self._max_seq_len
+        lengths[-1] = self.tokens - 1 - (len(self) - 1) * self._max_seq_len
         return lengths
 
     def read(self, index: int, epoch: int = 0) -> Sample:
         """Block `index`; `(T,)`, the last one `(<= T,)`; the same in every epoch."""
         start = range(len(self))[index] * self._max_seq_len
-        return self._reader.sample(start, min(start + self._max_seq_len + 1, self._tokens))
+        return self._reader.sample(start, min(start + self._max_seq_len + 1, self.tokens))
 
 
 class RowDataset:
@@ -102,6 +105,12 @@ class RowDataset:
         self._starts = starts[supervised]
         self.lengths: npt.NDArray[np.int32] = (lengths[supervised] - 1).astype(np.int32)
         """Input tokens of every sample, `(samples,)`."""
+        self.documents = len(self._starts)
+        """Rows that a sample is made of."""
+        if overlong == "split":
+            self.documents = len(np.unique(np.searchsorted(store.offsets, self._starts, side="right")))
+        self.tokens = int(self.lengths.sum(dtype=np.int64)) + self.documents
+        """Tokens of these rows as far as samples hold them, the last label too."""
         if report:
             self._report(max_seq_len, overlong)
 
