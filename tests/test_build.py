@@ -238,15 +238,17 @@ def test_auto_pads_where_packing_fills_less(tmp_path: Path, caplog: pytest.LogCa
 def test_validation_files_beside_any_data_set(tmp_path: Path, trained: list[str], split: str) -> None:
     """They are no data set with splits of its own: all of them are read, whatever part is trained on."""
     (tmp_path / "set").mkdir()
-    for name, rows in (("set/train.csv", 40), ("held_out.csv", 8)):
+    for name, rows in (("set/train.csv", 40), ("held_out_rows.csv", 8)):
         (tmp_path / name).write_text("text\n" + "".join(f"{name} {number}\n" for number in range(rows)))
-    overrides = [*trained, f"data.split={split}", "data.validation_path=FOLDER/held_out.csv", "data.packing=false"]
+    overrides = [*trained, f"data.split={split}", "data.validation_path=FOLDER/held_out_rows.csv", "data.packing=false"]
     given = [override.replace("FOLDER", str(tmp_path)) for override in [*overrides, "output_dir=FOLDER/runs"]]
     base = {**BASE, "data": {"source": "hf", "max_seq_len": 32, "num_workers": 0}}
     components = build_components(load_config(base, given))
     assert components.train_loader.state_dict(0)["samples"] == (40 if split == "train" else 20)
     assert components.eval_loader is not None
     assert sum(len(batch["labels"]) for batch in components.eval_loader) == 8
+    with pytest.raises(DataError, match="0 usable validation rows of 8: 8 are longer"):
+        build_components(load_config(base, [*given, "data.max_seq_len=16", "data.overlong=drop"]))
 
 
 @pytest.mark.parametrize("packing", [True, False])

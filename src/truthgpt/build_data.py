@@ -108,10 +108,11 @@ def build_eval_loader(
     fallbacks: Fallbacks,
 ) -> EvalLoader | None:
     """Batches of the validation documents of all sources; None when nothing is held out."""
+    called = "validation rows"
     datasets = [
-        _samples(config, _token_store(part.validation, tokenizer), part.validation, part.layout, tokenizer, packed)
+        _samples(config, _token_store(held_out, tokenizer), held_out, part.layout, tokenizer, packed, called)
         for part in data.parts
-        if part.validation is not None
+        if (held_out := part.validation) is not None
     ]
     if not datasets:
         return None
@@ -176,10 +177,16 @@ def _token_store(documents: DocumentSet, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def row_dataset(
-    data: DataConfig, store: TokenStore, layout: Layout, documents: DocumentSet, report: bool = True
+    data: DataConfig,
+    store: TokenStore,
+    layout: Layout,
+    documents: DocumentSet,
+    report: bool = True,
+    called: str = "rows",
 ) -> RowDataset:
     """Every document a sample; of text that is else joined, a document too long for a row goes on in the next one."""
-    return RowDataset(store, data.max_seq_len, "split" if layout == "stream" else data.overlong, documents, report)
+    overlong = "split" if layout == "stream" else data.overlong
+    return RowDataset(store, data.max_seq_len, overlong, documents, report, called)
 
 
 def packed_dataset(config: Config, rows: RowDataset, tokenizer: PreTrainedTokenizerFast) -> PackedDataset:
@@ -217,11 +224,12 @@ def _samples(
     layout: Layout,
     tokenizer: PreTrainedTokenizerFast,
     packed: bool,
+    called: str = "rows",
 ) -> BlockDataset | RowDataset | PackedDataset:
     """The samples of one source, cut from its tokens."""
     if layout == "stream" and not packed:
         return BlockDataset(store, config.data.max_seq_len)
-    rows = row_dataset(config.data, store, layout, documents)
+    rows = row_dataset(config.data, store, layout, documents, called=called)
     return packed_dataset(config, rows, tokenizer) if packed else rows
 
 

@@ -152,6 +152,15 @@ def test_overlong_rows_are_said(
     ]
 
 
+def test_rows_are_called_what_they_are(make_store: MakeStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Of two sets that are cut, a message says which one it speaks of."""
+    RowDataset(make_store(rows(("abcdef", "g"), "a")), 4, "truncate", called="validation rows")
+    assert "truncated 1 of 2 validation rows longer" in caplog.text
+    assert "left out 1 samples without a token the loss counts, of 2 validation rows" in caplog.text
+    with pytest.raises(DataError, match="0 usable validation rows of 1"):
+        RowDataset(make_store(rows("abcdef")), 4, "drop", called="validation rows")
+
+
 def test_overlong_row_as_error_is_named(make_store: MakeStore) -> None:
     documents = rows("abcd", "abcde")
     store = make_store(documents)

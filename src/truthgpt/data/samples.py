@@ -76,6 +76,7 @@ class RowDataset:
         overlong: what happens to longer rows.
         documents: the rows themselves, only to name one that is too long in the error.
         report: say what was cut and left out.
+        called: what messages call the rows.
 
     Raises:
         DataError: a row that is too long, with `overlong: error`; or no sample left.
@@ -88,6 +89,7 @@ class RowDataset:
         overlong: Overlong,
         documents: Iterable[Document] | None = None,
         report: bool = True,
+        called: str = "rows",
     ) -> None:
         self.fingerprint = _fingerprint(store, f"rows {overlong}", max_seq_len)
         self._rows = store.meta.documents
@@ -112,7 +114,7 @@ class RowDataset:
         self.tokens = int(self.lengths.sum(dtype=np.int64)) + self.documents
         """Tokens of these rows as far as samples hold them, the last label too."""
         if report:
-            self._report(max_seq_len, overlong)
+            self._report(max_seq_len, overlong, called)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -122,25 +124,26 @@ class RowDataset:
         start = int(self._starts[index])
         return self._reader.sample(start, start + int(self.lengths[index]) + 1)
 
-    def _report(self, max_seq_len: int, overlong: Overlong) -> None:
-        rows = self._rows
+    def _report(self, max_seq_len: int, overlong: Overlong, called: str) -> None:
+        rows = f"{self._rows} {called}"
         if self.overlong_rows:
             done = {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong]
             level = logging.INFO if overlong == "split" else logging.WARNING
             logger.log(
-                level, "%s %d of %d rows longer than max_seq_len %d tokens", done, self.overlong_rows, rows, max_seq_len
+                level, "%s %d of %s longer than max_seq_len %d tokens", done, self.overlong_rows, rows, max_seq_len
             )
         if self.unsupervised_samples:
             logger.warning(
-                "left out %d samples without a token the loss counts (train_on, max_seq_len %d)",
+                "left out %d samples without a token the loss counts, of %s (train_on, max_seq_len %d)",
                 self.unsupervised_samples,
+                rows,
                 max_seq_len,
             )
         if len(self) == 0:
             raise DataError(
-                f"0 usable rows of {rows}: {self.overlong_rows} are longer than data.max_seq_len {max_seq_len} "
-                f"(data.overlong: {overlong}), {self.unsupervised_samples} samples have no token the loss counts; "
-                "raise data.max_seq_len or set data.train_on: all"
+                f"0 usable {called} of {self._rows}: {self.overlong_rows} are longer than data.max_seq_len "
+                f"{max_seq_len} (data.overlong: {overlong}), {self.unsupervised_samples} samples have no token the "
+                "loss counts; raise data.max_seq_len or set data.train_on: all"
             )
 
 
