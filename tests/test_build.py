@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from truthgpt.factories.optimizer import OPTIMIZERS
 from truthgpt.factories.registry import Availability, Options, Registry
 from truthgpt.kv_cache.paged import PagedKVCache
 from truthgpt.load_model import LoadedModel
+from truthgpt.models.tokenizer import byte_tokenizer
 from truthgpt.runtime.onednn import OneDnnConv1D, OneDnnLinear, linear_layers
 from truthgpt.trainers.trainer import GenericTrainer
 from truthgpt.validate_config import load_config
@@ -228,6 +231,51 @@ def test_auto_pads_where_packing_fills_less(tmp_path: Path, caplog: pytest.LogCa
     assert "rows are padded, not packed: padding fills 100%" in caplog.text
     packed = build(tmp_path, *long, "data.packing=true")
     assert "cu_seq_lens" in next(packed.train_loader.batches()).micro_batches[0]
+
+
+@pytest.mark.parametrize("trained", [["data.dataset=FOLDER/set"], ["data.path=FOLDER/set/train.csv"]])
+@pytest.mark.parametrize("split", ["train", "train[:50%]"])
+def test_validation_files_beside_any_data_set(tmp_path: Path, trained: list[str], split: str) -> None:
+    """They are no data set with splits of its own: all of them are read, whatever part is trained on."""
+    (tmp_path / "set").mkdir()
+    for name, rows in (("set/train.csv", 40), ("held_out_rows.csv", 8)):
+        (tmp_path / name).write_text("text\n" + "".join(f"{name} {number}\n" for number in range(rows)))
+    overrides = [*trained, f"data.split={split}", "data.validation_path=FOLDER/held_out_rows.csv", "data.packing=false"]
+    given = [override.replace("FOLDER", str(tmp_path)) for override in [*overrides, "output_dir=FOLDER/runs"]]
+    base = {**BASE, "data": {"source": "hf", "max_seq_len": 32, "num_workers": 0}}
+    components = build_components(load_config(base, given))
+    assert components.train_loader.state_dict(0)["samples"] == (40 if split == "train" else 20)
+    assert components.eval_loader is not None
+    assert sum(len(batch["labels"]) for batch in components.eval_loader) == 8
+    with pytest.raises(DataError, match="0 usable validation rows of 8: 8 are longer"):
+        build_components(load_config(base, [*given, "data.max_seq_len=16", "data.overlong=drop"]))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("mix_by", "overlong", "ratio"),
+    [("documents", "drop", 1.0), ("tokens", "drop", 1.0), ("tokens", "truncate", (32 / 33) / (6 / 8))],
+)
+def test_a_mixture_is_shared_out_by_what_is_trained_on(
+    tmp_path: Path, mix_by: str, overlong: str, ratio: float, packing: bool
+) -> None:
+    """Of the first source half the rows are dropped, or all are cut: 32 of its 33 tokens are then labels with an x, of
+    the others' 8 are 6 with a y."""
+    first = ["x" * 7, "x" * 99] if overlong == "drop" else ["x" * 99] * 2
+    for name, texts in (("first", first * 20), ("second", ["y" * 7] * 40)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("first", "second")]
+    data = {
+        "sources": [{"source": "jsonl", "path": path, "weight": 1, "validation_path": paths[1]} for path in paths],
+        **{"mix_by": mix_by, "overlong": overlong, "packing": packing, "max_seq_len": 32, "num_workers": 0},
+    }
+    components = build_components(load_config({**BASE, "data": data}, [f"output_dir={tmp_path / 'runs'}"]))
+    labels: Counter[int] = Counter()
+    with closing(components.train_loader.batches()) as batches:
+        for batch in islice(batches, 100):
+            labels.update(label for part in batch.micro_batches for label in part["labels"].flatten().tolist())
+    x, y = byte_tokenizer()("xy").input_ids
+    assert labels[x] / labels[y] == pytest.approx(ratio, rel=0.02)
 
 
 def test_packing_a_model_that_cannot_keep_documents_apart_is_refused(

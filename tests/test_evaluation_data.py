@@ -95,6 +95,11 @@ def test_the_runs_own_split_is_left_alone(cli: Cli) -> None:
     [
         (["data.source=jsonl", "data.path=rows.jsonl"], "all documents of rows.jsonl", 120),
         (["data.source=hf", "data.path=rows-0.parquet"], "all documents of rows-0.parquet", 40),
+        (
+            ["data.source=hf", "data.path=rows-0.parquet", "data.split=train[:50%]"],
+            "all documents of rows-0.parquet",
+            20,
+        ),
         (["data.source=webdataset", "data.path=shards"], "all documents of shards", 120),
         (
             ["data.source=jsonl", "data.path=chats.jsonl", "data.format=chat", "data.chat_template=template.jinja"],
@@ -116,7 +121,7 @@ def test_any_source(cli: Cli, overrides: list[str], said: str, rows: int) -> Non
     assert said in finished.stderr and math.isfinite(finished.json["metrics"]["loss"])
     if rows:
         texts = [json.loads(line)["text"] for line in (cli.folder / "rows.jsonl").read_text().splitlines()]
-        chosen = texts[0::3] if rows == 40 else texts
+        chosen = texts if rows == 120 else texts[0::3][:rows]
         assert finished.json["tokens"] == sum(min(len(text), 32) for text in chosen)
 
 

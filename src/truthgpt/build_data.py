@@ -95,7 +95,7 @@ def build_train_loader(
         for part, store in zip(data.parts, text.stores, strict=True)
         if isinstance(part.train, DocumentSet)
     ]
-    order = _order(config, datasets, text, plan)
+    order = _order(config, datasets, data, plan)
     return GlobalBatchLoader(_joined(datasets), collate, order, workers, pin_memory)
 
 
@@ -108,10 +108,11 @@ def build_eval_loader(
     fallbacks: Fallbacks,
 ) -> EvalLoader | None:
     """Batches of the validation documents of all sources; None when nothing is held out."""
+    called = "validation rows"
     datasets = [
-        _samples(config, _token_store(part.validation, tokenizer), part.validation, part.layout, tokenizer, packed)
+        _samples(config, _token_store(held_out, tokenizer), held_out, part.layout, tokenizer, packed, called)
         for part in data.parts
-        if part.validation is not None
+        if (held_out := part.validation) is not None
     ]
     if not datasets:
         return None
@@ -176,10 +177,16 @@ def _token_store(documents: DocumentSet, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def row_dataset(
-    data: DataConfig, store: TokenStore, layout: Layout, documents: DocumentSet, report: bool = True
+    data: DataConfig,
+    store: TokenStore,
+    layout: Layout,
+    documents: DocumentSet,
+    report: bool = True,
+    called: str = "rows",
 ) -> RowDataset:
     """Every document a sample; of text that is else joined, a document too long for a row goes on in the next one."""
-    return RowDataset(store, data.max_seq_len, "split" if layout == "stream" else data.overlong, documents, report)
+    overlong = "split" if layout == "stream" else data.overlong
+    return RowDataset(store, data.max_seq_len, overlong, documents, report, called)
 
 
 def packed_dataset(config: Config, rows: RowDataset, tokenizer: PreTrainedTokenizerFast) -> PackedDataset:
@@ -217,11 +224,12 @@ def _samples(
     layout: Layout,
     tokenizer: PreTrainedTokenizerFast,
     packed: bool,
+    called: str = "rows",
 ) -> BlockDataset | RowDataset | PackedDataset:
     """The samples of one source, cut from its tokens."""
     if layout == "stream" and not packed:
         return BlockDataset(store, config.data.max_seq_len)
-    rows = row_dataset(config.data, store, layout, documents)
+    rows = row_dataset(config.data, store, layout, documents, called=called)
     return packed_dataset(config, rows, tokenizer) if packed else rows
 
 
@@ -246,16 +254,17 @@ def _stream_settings(
 def _order(
     config: Config,
     datasets: Sequence[BlockDataset | RowDataset | PackedDataset],
-    text: TokenizedText,
+    data: TextData,
     plan: MemoryPlan,
 ) -> BatchOrder:
     sizes = (plan.micro_batch_size, plan.grad_accum_steps, config.seed)
     bins = bucket_bins(config.data)
-    weights = [part.weight for part in text.data.parts if part.weight is not None]
+    weights = [part.weight for part in data.parts if part.weight is not None]
     if weights:
         samples = [len(dataset) for dataset in datasets]
-        documents = [store.meta.documents for store in text.stores]
-        tokens = [store.meta.tokens for store in text.stores]
+        # Not those of the stores: of rows that are cut or left out nothing is trained on.
+        documents = [dataset.documents for dataset in datasets]
+        tokens = [dataset.tokens for dataset in datasets]
         shares = sample_weights(weights, config.data.mix_by, samples, documents, tokens)
         return MixedOrder([SourceShare(n, share) for n, share in zip(samples, shares, strict=True)], *sizes)
     if bins is not None:

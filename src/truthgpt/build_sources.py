@@ -98,8 +98,9 @@ def validation_source(
 ) -> Any | None:
     """The source of the validation documents or images where `data` names one, else None."""
     if data.validation_path is not None:
-        data = data.model_copy(update={"path": data.validation_path})
-        return build_source(data, data.split, images, classes)
+        # Files are no dataset with subsets and splits: all of them is read, whatever part is trained on.
+        data = data.model_copy(update={"path": data.validation_path, "dataset": None, "subset": None})
+        return build_source(data, None, images, classes)
     return None if data.validation_split is None else build_source(data, data.validation_split, images, classes)
 
 

@@ -173,10 +173,13 @@ def _forget_other_source(data: dict[str, Any], named: set[str]) -> None:
 def _hold_out_all(data: dict[str, Any]) -> None:
     """All documents that are named are validation documents; a source without a place keeps its validation split."""
     for item in [data, *(item for item in data.get("sources") or [] if isinstance(item, dict))]:
-        if item.get("path") is not None:
+        split = item.get("split") or data.get("split")
+        has_splits = _type(item) in DATASETS and reads(DATASETS.entry(_type(item)), "split")
+        # Files have one split, of which a part may be named.
+        if item.get("path") is not None and not (split and has_splits):
             item["validation_path"] = item["path"]
-        elif item.get("dataset") is not None:
-            item["validation_split"] = item.get("split") or data.get("split") or "train"
+        elif item.get("path") is not None or item.get("dataset") is not None:
+            item["validation_split"] = split or "train"
 
 
 def _type(source: dict[str, Any]) -> str:

@@ -29,7 +29,15 @@ from truthgpt.build_sources import TextData, TextPart, build_text_data, training
 from truthgpt.config.schema import Config
 from truthgpt.data.base import Document, ImageSource, Layout, SampleDataset
 from truthgpt.data.batch_order import BucketedOrder, ShuffledOrder
-from truthgpt.data.inspection import Filling, LengthSummary, filling, marked_tokens, packed_documents, summarize_lengths
+from truthgpt.data.inspection import (
+    Filling,
+    LengthSummary,
+    filling,
+    marked_tokens,
+    packed_documents,
+    summarize_lengths,
+    token_texts,
+)
 from truthgpt.data.packing import PackedDataset
 from truthgpt.data.samples import BlockDataset
 from truthgpt.data.split import DocumentSet, split_documents
@@ -208,7 +216,10 @@ def _ways(
 
 def _written(tokens: list[tuple[int, bool]], tokenizer: PreTrainedTokenizerFast) -> list[InspectedToken]:
     special = set(tokenizer.all_special_ids)
-    return [InspectedToken(tokenizer.decode([token]), trained, token in special) for token, trained in tokens]
+    texts = token_texts([token for token, _ in tokens], lambda ids: str(tokenizer.decode(list(ids))))
+    return [
+        InspectedToken(text, trained, token in special) for text, (token, trained) in zip(texts, tokens, strict=True)
+    ]
 
 
 def _by_class(source: ImageSource, indices: Sequence[int]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from truthgpt.data import tokenization
 from truthgpt.data.base import Conversation, Document, Segment
@@ -341,6 +342,24 @@ def test_batches_change_nothing(data: st.DataObject, characters: int, pieces: in
         patch.setattr(tokenization, "BATCH_CHARACTERS", characters)
         patch.setattr(tokenization, "BATCH_PIECES", pieces)
         assert read() == whole
+
+
+@pytest.mark.parametrize("template", [CHATML, DROPS_THINKING, MODEL_ROLE])
+def test_a_long_chat_is_rendered_a_few_times_only(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once or twice for each answer, which would take the square of the turns."""
+    messages = [{"role": role, "content": f"{number}."} for number in range(200) for role in ("user", "assistant")]
+    rendered: list[int] = []
+    original = chat_template_utils.render_jinja_template
+
+    def counting(conversations: list[list[Message]], **rest: Any) -> Any:
+        rendered.extend(map(len, conversations))
+        return original(conversations, **rest)
+
+    monkeypatch.setattr(chat_template_utils, "render_jinja_template", counting)
+    found = ChatRenderer(chat_tokenizer(template), None).render(Conversation(tuple(messages), (), "assistant"), "here")
+    answers = [found.text[start:end] for start, end in found.spans or ()]
+    assert [re.sub(r"<.*?>|\n", "", answer) for answer in answers] == [f"{number}." for number in range(200)]
+    assert sum(rendered) < 10 * len(messages)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

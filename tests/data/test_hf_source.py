@@ -121,6 +121,51 @@ def test_every_kind_of_file(tmp_path: Path, suffix: str, streaming: bool) -> Non
     check_cursors(rows, documents)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_cell_of_csv_is_the_text_that_stands_in_it(tmp_path: Path, suffix: str, streaming: bool) -> None:
+    """Not nothing or a number, as in the library: a label may be None or NA, and an answer 007."""
+    cells = ["None", "NA", "null", "nan", "n/a", "007", "1.50", "True", "1e3"]
+    numbers = ["1"] * 10_000 + ["many"]  # of which the library takes 10,000 rows at a time
+    for name, texts in (("a", cells), ("b", numbers)):
+        write_csv(tmp_path / f"{name}{suffix}", [{"text": text, "n": 1} for text in texts])
+        found = source(path=[tmp_path / f"{name}{suffix}"], streaming=streaming)
+        assert [document.text for document in found.documents()] == texts
+    with pytest.raises(DataError, match="no field 'body'"):
+        list(source(path=[tmp_path / f"a{suffix}"], streaming=streaming, text_field="body").documents())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_need_agree_in_what_is_read_only(tmp_path: Path, streaming: bool) -> None:
+    """Large data sets have shards without rows, and columns that are of one type here and another there."""
+    tables = [
+        {"text": pa.array([], pa.string()), "score": pa.array([], pa.int64())},
+        {"text": ["a", "b"], "score": [1, 2]},
+        {"text": pa.array([], pa.string()), "score": pa.array([], pa.int64())},
+        {"text": ["c"], "score": [0.5]},
+        {"text": ["d"], "score": pa.nulls(1)},
+        {"text": ["e"], "more": ["e"]},
+    ]
+    for number, columns in enumerate(tables):
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    rows = source(path=[tmp_path], streaming=streaming)
+    documents = list(rows.documents())
+    assert [document.text for document in documents] == list("abcde")
+    check_cursors(rows, documents)
+    with pytest.raises(DataError, match="no field 'body', the rows have text, score"):
+        list(source(path=[tmp_path / "1.parquet"], streaming=streaming, text_field="body").documents())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tools_in_some_parquet_files_only(tmp_path: Path, streaming: bool) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    tables = [{"messages": [chat], "tools": [[{"name": "add"}]]}, {"messages": [chat]}]
+    for number, columns in enumerate(tables):
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    documents = source(path=[tmp_path], streaming=streaming, format="chat").documents()
+    assert [document.conversation and len(document.conversation.tools) for document in documents] == [1, 0]
+
+
 def test_keys_are_those_of_the_same_rows_elsewhere(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", ROWS)
     write_parquet(tmp_path / "a.parquet", ROWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -40,6 +41,19 @@ def test_nothing_is_held_out_of_nothing(caplog: pytest.LogCaptureFixture) -> Non
         assert not held_out_mask(hashes(5), 0.5).any()
         assert not held_out_mask(hashes(5, 5, 5), 0.5).any()
     assert caplog.text.count("set data.validation_path") == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [([1, 2], "1 of 2"), (range(9), "1 of 9"), (range(10), None), ([*range(50), *[0] * 9], "10 of 59")],
+)
+def test_far_more_than_asked_for_is_said(
+    caplog: pytest.LogCaptureFixture, values: Sequence[int], said: str | None
+) -> None:
+    """Of two files, 5 % is one: half of the text would be missing from training silently."""
+    with caplog.at_level(logging.WARNING):
+        held_out_mask(hashes(*values), 0.05)
+    assert [record.message.split(" documents")[0] for record in caplog.records] == ([said] if said else [])
 
 
 def test_hashes_are_the_same_everywhere() -> None:

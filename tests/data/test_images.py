@@ -234,6 +234,17 @@ def test_decompression_bombs_are_refused_before_they_unfold(side: int) -> None:
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("size", [(1, 20_000), (60_000, 1)])
+@pytest.mark.parametrize("transform", [PLAIN, AUGMENTED])
+def test_narrow_images_are_refused_before_they_are_resized(size: tuple[int, int], transform: ImageTransform) -> None:
+    """A file of 163 bytes took 4 GB: its shorter edge becomes that of the model, the other one as many times more."""
+    transform = replace(transform, size=(224, 224))
+    data = encode(Image.new("RGB", size))
+    with pytest.raises(DataError, match=rf"images/0\.png: {size[0]} x {size[1]} pixels, too narrow"):
+        dataset([data], transform, train=True).read(0)
+    assert dataset([encode(Image.new("RGB", (2, 1000)))], transform).read(0)["pixel_values"].shape == (3, 224, 224)
+
+
 JPEG, PNG = encode(noise(32, 32), "JPEG"), encode(noise(32, 32))
 
 

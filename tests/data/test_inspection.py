@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from truthgpt.data.base import IGNORED_LABEL, Sample
 from truthgpt.data.batch_order import BucketedOrder, ShuffledOrder
-from truthgpt.data.inspection import filling, marked_tokens, packed_documents, summarize_lengths
+from truthgpt.data.inspection import filling, marked_tokens, packed_documents, summarize_lengths, token_texts
 from truthgpt.data.packing import join_samples
+
+from .conftest import byte_tokenizer
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=50))
@@ -21,6 +27,36 @@ def test_the_histogram_holds_every_sample_once(lengths: list[int]) -> None:
         assert count == sum(low <= length <= high for length in lengths)
     assert summary.histogram[0][0] == min(lengths) and summary.histogram[-1][1] == max(lengths)
     assert len(summary.histogram) <= 12
+
+
+def llama_like() -> PreTrainedTokenizerFast:
+    """Two words, spaces, and bytes for all else; it drops the first space of what it decodes."""
+    words = ["</s>", "▁", "▁one", "two", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE({word: place for place, word in enumerate(words)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@given(st.lists(st.sampled_from([" one", "two", " ", "é", "日", "😀", "</s>"]), min_size=1, max_size=20))
+def test_texts_of_tokens_are_together_the_text(pieces: list[str]) -> None:
+    llama, known = llama_like(), {" one": "▁one", " ": "▁", "two": "two", "</s>": "</s>"}
+    spelt = [[known[piece]] if piece in known else [f"<0x{byte:02X}>" for byte in piece.encode()] for piece in pieces]
+    ids = [llama.convert_tokens_to_ids(token) for tokens in spelt for token in tokens]
+    assert token_texts(ids, llama.decode) == list(expected_texts(pieces, spelt))
+    plain = byte_tokenizer()
+    text = "".join(pieces)
+    whole = plain(text).input_ids
+    texts = token_texts(whole, plain.decode)
+    assert len(texts) == len(whole) and "".join(texts) == text
+
+
+def expected_texts(pieces: list[str], spelt: list[list[str]]) -> Iterator[str]:
+    """The text of a piece stands at its last token; the first space of all is dropped."""
+    for number, (piece, tokens) in enumerate(zip(pieces, spelt, strict=True)):
+        yield from [""] * (len(tokens) - 1)
+        yield piece.removeprefix(" ") if number == 0 else piece
 
 
 def test_percentiles_are_lengths_that_occur() -> None:

@@ -219,6 +219,14 @@ def test_damaged_archive_is_named(tmp_path: Path, suffix: str) -> None:
         read(tmp_path / f"rows{suffix}", b'{"text": "this is no archive"}\n')
 
 
+def test_zst_with_a_long_window(tmp_path: Path) -> None:
+    """As `zstd --long=31` packs large dumps; on its own the library reads windows of 128 MiB only."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    packed = stream.compress(b'{"text": "a"}\n{"text": "b"}\n') + stream.flush()
+    assert [document.text for document in read(tmp_path / "rows.jsonl.zst", packed)] == ["a", "b"]
+
+
 def test_zst_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ConfigError, match=r"needs the package zstandard \(pip install 'truthgpt\[zstd\]'\)"):

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from truthgpt.data.paths import file_keys, resolve_files
+from truthgpt.data.paths import file_keys, resolve_files, visible_files
 from truthgpt.errors import DataError
 
 
@@ -30,6 +31,42 @@ def test_glob_list_and_repeats(tree: Path) -> None:
     assert names(resolve_files([str(tree / "**/*.txt")]), tree) == ["b.txt", "notes[1].txt", "sub/c.txt"]
     found = resolve_files([str(tree / "sub/c.txt"), str(tree / "*.txt"), str(tree / "sub")])
     assert names(found, tree) == ["sub/c.txt", "b.txt", "notes[1].txt"]
+
+
+def test_folders_behind_links_are_read_once(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "d.txt").write_text("d")
+    (elsewhere / "back").symlink_to(tree)
+    (tree / "sub/linked").symlink_to(elsewhere)
+    (tree / "sub/linked.txt").symlink_to(elsewhere / "e.text")
+    (elsewhere / "e.text").write_text("e")
+    found = names(resolve_files([str(tree)], suffix=".txt"), tree)
+    assert found == ["b.txt", "notes[1].txt", "sub/c.txt", "sub/linked/d.txt", "sub/linked.txt"]
+    images = [path.relative_to(tree).as_posix() for path in visible_files(tree)]
+    assert sorted(images) == sorted([*found, "a.jsonl", "sub/linked/e.text"])
+
+
+@pytest.mark.parametrize("pattern", ["", "sub", "sub/*.txt", "sub/gone.txt"])
+def test_a_link_to_nothing_is_said(tree: Path, pattern: str) -> None:
+    """A file of a data set whose download was not finished is not left out silently."""
+    (tree / "sub/gone.txt").symlink_to("../blobs/0123")
+    with pytest.raises(DataError, match=r"sub/gone\.txt: a link to \.\./blobs/0123, which is not there"):
+        resolve_files([str(tree / pattern)], suffix=".txt")
+    assert names(resolve_files([str(tree)], suffix=".jsonl"), tree) == ["a.jsonl"]
+
+
+def test_a_folder_that_cannot_be_read_is_said(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: the tests may run as root, who may read everything."""
+    scandir = os.scandir
+
+    def refused(path: str) -> object:
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match="sub: cannot be read: Permission denied; check its permissions"):
+        resolve_files([str(tree)])
 
 
 def test_relative_to_working_directory(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

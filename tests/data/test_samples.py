@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from truthgpt.data import samples
 from truthgpt.data.base import IGNORED_LABEL, Document, Sample, Segment
+from truthgpt.data.packing import PackedDataset
 from truthgpt.data.samples import BlockDataset, ConcatenatedDataset, Overlong, RowDataset
 from truthgpt.errors import DataError
 
@@ -106,6 +107,35 @@ def test_overlong_rows(make_store: MakeStore, texts: list[str], max_seq_len: int
     assert dataset.lengths.tolist() == [len(inputs) for inputs, _ in everything(dataset)]
 
 
+@same_fixture
+@given(
+    texts=st.lists(st.text(alphabet="abc", min_size=1, max_size=20), max_size=8),
+    max_seq_len=st.integers(2, 12),
+    overlong=st.sampled_from(["truncate", "split", "drop"]),
+)
+def test_rows_count_what_is_trained_on(
+    make_store: MakeStore, texts: list[str], max_seq_len: int, overlong: Overlong
+) -> None:
+    """By these numbers a mixture is weighted: those of rows that are cut or left out would spoil its shares."""
+    texts = ["x", *texts]
+    dataset = RowDataset(make_store(rows(*texts)), max_seq_len, overlong)
+    kept = [bool(windows([text], max_seq_len, overlong)) for text in texts]
+    assert dataset.documents == sum(kept)
+    assert dataset.tokens == sum(len(inputs) for inputs, _ in windows(texts, max_seq_len, overlong)) + sum(kept)
+    packed = PackedDataset(dataset, max_seq_len, pad_token_id=0, seed=0)
+    assert (packed.documents, packed.tokens) == (dataset.documents, dataset.tokens)
+
+
+def test_a_row_whose_first_piece_is_left_out_counts_once(make_store: MakeStore) -> None:
+    store = make_store(rows(("abcdef", "ghijkl"), "a"))
+    dataset = RowDataset(store, 4, "split")
+    assert (dataset.documents, dataset.tokens, dataset.unsupervised_samples) == (2, 4 + 4 + 1 + 2, 1)
+    whole = RowDataset(store, 16, "split")
+    assert (whole.documents, whole.tokens) == (store.meta.documents, store.meta.tokens)
+    joined = BlockDataset(store, 4)
+    assert (joined.documents, joined.tokens) == (store.meta.documents, store.meta.tokens)
+
+
 @pytest.mark.parametrize(
     ("overlong", "level", "done"),
     [("truncate", "WARNING", "truncated"), ("split", "INFO", "split"), ("drop", "WARNING", "dropped")],
@@ -120,6 +150,15 @@ def test_overlong_rows_are_said(
     assert [(record.levelname, record.message) for record in caplog.records] == [
         (level, f"{done} 1 of 3 rows longer than max_seq_len 4 tokens")
     ]
+
+
+def test_rows_are_called_what_they_are(make_store: MakeStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Of two sets that are cut, a message says which one it speaks of."""
+    RowDataset(make_store(rows(("abcdef", "g"), "a")), 4, "truncate", called="validation rows")
+    assert "truncated 1 of 2 validation rows longer" in caplog.text
+    assert "left out 1 samples without a token the loss counts, of 2 validation rows" in caplog.text
+    with pytest.raises(DataError, match="0 usable validation rows of 1"):
+        RowDataset(make_store(rows("abcdef")), 4, "drop", called="validation rows")
 
 
 def test_overlong_row_as_error_is_named(make_store: MakeStore) -> None:

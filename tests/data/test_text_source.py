@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import tracemalloc
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -70,6 +73,22 @@ def test_invalid_utf8_names_the_byte(tmp_path: Path, other: bytes | None) -> Non
         write(tmp_path / "also.txt", other)
     with pytest.raises(DataError, match=r"bad\.txt: not UTF-8 at byte 9000 \(0xff"):
         list(TextSource([str(tmp_path) if other else bad]).documents())
+
+
+@pytest.mark.parametrize(
+    ("data", "fix"),
+    [
+        ("né".encode("utf-16"), "iconv -f UTF-16 -t UTF-8$"),
+        ("né".encode("latin-1"), "iconv -f ISO-8859-1 -t UTF-8$"),
+        (gzip.compress(b"text"), "the file is compressed, and only JSON Lines are read so: unpack it$"),
+        (bz2.compress(b"text"), "the file is compressed"),
+        (zstandard.ZstdCompressor().compress(b"text"), "the file is compressed"),
+    ],
+    ids=["UTF-16", "Latin-1", "gzip", "bzip2", "Zstandard"],
+)
+def test_what_to_do_about_a_file_that_is_not_utf8(tmp_path: Path, data: bytes, fix: str) -> None:
+    with pytest.raises(DataError, match=f"not UTF-8 at byte .*; .*{fix}"):
+        list(TextSource([write(tmp_path / "a.txt", data)]).documents())
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n \n", b"\xef\xbb\xbf"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import multiprocessing
 from multiprocessing.connection import Connection
 
@@ -8,10 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from truthgpt.data import tokenization
 from truthgpt.data.base import Document, Segment
-from truthgpt.data.tokenization import DocumentEncoder, SpecialFrame, TokenRun, group_documents, special_frame
+from truthgpt.data.tokenization import (
+    DocumentEncoder,
+    SpecialFrame,
+    TokenRun,
+    group_documents,
+    special_frame,
+    tokenizer_digest,
+)
 from truthgpt.errors import DataError
 
 from .conftest import BEGIN, END, byte_tokenizer, rows
@@ -105,6 +116,45 @@ def test_cutting_a_huge_text_loses_nothing(text: str, monkeypatch: pytest.Monkey
     assert [run.opens for run in runs] == [True] + [False] * (len(runs) - 1)
     assert len(runs) >= len(text) // 64
     assert all(run.ids.size <= 64 * 2 for run in runs)
+
+
+def letter_tokenizer(habit: str) -> PreTrainedTokenizerFast:
+    """One token a letter. As its habit is, it puts a space in front of a text: Llama 2's is `Prepend`."""
+    backend = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate("<▁Ġab\n")}, merges=[]))
+    if habit == "Prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif habit == "ByteLevel":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme=habit)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<")
+
+
+@pytest.mark.parametrize("habit", ["Prepend", "ByteLevel", "always", "first", "never"])
+@given(texts=st.lists(st.text(alphabet="ab ", min_size=1, max_size=9), min_size=1, max_size=4), size=st.integers(1, 5))
+def test_no_space_comes_between_the_pieces_of_a_document(habit: str, texts: list[str], size: int) -> None:
+    """What a tokenizer puts in front of a text stands in front of the whole: as in generation, where nothing comes
+    between a prompt and what is written behind it."""
+    tokenizer = letter_tokenizer(habit)
+    first = Document("0", tuple(Segment(text) for text in texts), "0")
+    more = Document("1", tuple(Segment(text) for text in texts), "1", continues=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization, "PIECE_CHARACTERS", size)
+        runs = list(DocumentEncoder(tokenizer, len(tokenizer)).runs([first, more, *rows("ab")]))
+    expected = [tokenizer("".join(texts) * 2).input_ids, tokenizer("ab").input_ids]
+    found = [[token for run in runs if (run.document == 3) == last for token in run.ids.tolist()] for last in (0, 1)]
+    assert found == expected
+
+
+def test_only_a_tokenizer_with_a_habit_has_another_digest() -> None:
+    """Runs and caches of all others stay as they were."""
+    digest = {habit: DocumentEncoder(letter_tokenizer(habit), 300) for habit in ("never", "always")}
+    parts = {name: [1, tokenizer_digest(encoder._tokenizer), repr(encoder.frame)] for name, encoder in digest.items()}
+    before = {
+        name: hashlib.sha256(json.dumps([*parts[name], encoder._renderer.identity]).encode()).hexdigest()
+        for name, encoder in digest.items()
+    }
+    assert [digest[name].digest == before[name] for name in ("never", "always")] == [True, False]
 
 
 @given(

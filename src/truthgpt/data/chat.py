@@ -256,6 +256,8 @@ class _AnswerFinder:
         self._messages = messages
         self._text = text
         self._turn_end = turn_end
+        self._prompt = ""
+        """The generation prompt, once one was rendered that an answer follows at once."""
         unused = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
         self._open, self._close, self._stop = next(unused), next(unused), next(unused)
 
@@ -342,14 +344,19 @@ class _AnswerFinder:
         A template without generation prompt may still write a header between the turns; it is no answer. White space
         there is one: in generation the model has to write it.
         """
+        if content_start is not None and self._prompt and self._text.endswith(self._prompt, 0, content_start):
+            return content_start  # all before it is not rendered again, which would take the square of the turns
         before = self._messages[:index]
         prompt = self._template.attempt(before, generation_prompt=True) if before else None
         if prompt is None or not self._text.startswith(prompt):
             return content_start
-        if content_start is not None and not self._text[len(prompt) : content_start].strip():
+        if content_start not in (None, len(prompt)) and not self._text[len(prompt) : content_start].strip():
             return len(prompt)
         without = self._template.attempt(before)
         grows = without is not None and prompt != without and prompt.startswith(without)
+        added = prompt.removeprefix(without or "")
+        if grows and content_start == len(prompt) and added.strip():
+            self._prompt = added
         return len(prompt) if grows else content_start
 
     def _with_turn_end(self, end: int) -> int:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 128 * 1024
 ZSTD_INPUT_BYTES = 4 * 1024
 """Compressed bytes handed over at a time: 4 bytes of Zstandard can stand for 128 KiB, so this bounds the memory."""
+ZSTD_WINDOW_BYTES = 2**31
+"""The largest window of `zstd --long=31`, as large dumps are packed; the library refuses one of more than 128 MiB.
+Memory is taken as the file fills it."""
 
 
 class ArchiveError(Exception):
@@ -66,7 +69,7 @@ class _ZstandardReader(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, zstandard: Any) -> None:
         self._file = file
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
         self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from truthgpt.data.compressed_file import ArchiveError, open_binary
 from truthgpt.data.file_identity import READ_BYTES, content_fingerprint, stat_identity
+from truthgpt.data.hf_columns import PARQUET_BATCH_ROWS, column_options
 from truthgpt.data.hf_diagnosis import find_mistake, format_suffix, is_json_lines
 from truthgpt.data.paths import resolve_files
 from truthgpt.errors import ConfigError, DataError, Problem
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
+    ".parquet": ("parquet", {"batch_size": PARQUET_BATCH_ROWS}),
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
     ".json": ("json", {}),
@@ -40,7 +41,10 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 """How files of `data.path` are read, by their ending: the library's builder and its options."""
 COMPRESSED_FORMATS = (".csv", ".tsv", ".json", ".jsonl")
 SUFFIXES = (*FORMATS, *(f"{suffix}{packed}" for suffix in COMPRESSED_FORMATS for packed in (".gz", ".zst")))
-SETTINGS_OF_ANY_FILE = ("name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter")
+SETTINGS_OF_ANY_FILE = (
+    *("name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"),
+    *("converters", "keep_default_na", "na_values"),
+)
 """Settings of the library's builders that leave JSON what it is, and CSV but for its delimiter."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -60,12 +64,14 @@ def import_datasets() -> Any:
 
 @dataclass(frozen=True)
 class HfLocation:
-    """Where a dataset is: `dataset` (a hub name or a local folder) or `path` (local files), and which split of it."""
+    """Where a dataset is: `dataset` (a hub name or a local folder) or `path` (local files), and which split of it; of
+    files in `path`, which `columns` are read, as far as they are there (none named: all of them)."""
 
     dataset: str | None
     subset: str | None
     split: str
     path: tuple[str, ...] | None
+    columns: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -284,6 +290,8 @@ def _load_builder(location: HfLocation) -> DatasetBuilder:
     location.check()
     if location.path:
         kind, options, files = _files_of_one_kind(location.files() or [])
+        if location.columns:
+            options = {**options, **column_options(kind, location.columns, files)}
         patterns = [glob.escape(str(file.resolve())) for file in files]
         return datasets.load_dataset_builder(kind, data_files={"train": patterns}, **options)
     folder = location._folder()

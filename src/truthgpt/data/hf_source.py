@@ -112,7 +112,7 @@ class HfSource:
         streaming: bool,
     ) -> None:
         import_datasets()
-        self._location = HfLocation(dataset, subset, split, tuple(path) if path else None)
+        self._location = HfLocation(dataset, subset, split, tuple(path) if path else None, _columns(fields))
         self._location.check()
         self._fields = fields
         self._bad_rows = bad_rows
@@ -251,8 +251,12 @@ def _wanted_columns(fields: RowFields, columns: Sequence[str] | None, name: str)
         if field not in columns:
             setting = next(key for key, value in vars(fields).items() if key.endswith("_field") and value == field)
             raise DataError(f"{name}: no field {field!r}, the rows have {', '.join(columns)} (set data.{setting})")
-    tools = [TOOLS_FIELD] if fields.format == "chat" and TOOLS_FIELD in columns else []
-    return [*dict.fromkeys(fields.used()), *tools]
+    return [field for field in _columns(fields) if field in columns]
+
+
+def _columns(fields: RowFields) -> tuple[str, ...]:
+    """Fields that are read of a row, those that it need not have too."""
+    return tuple(dict.fromkeys([*fields.used(), *([TOOLS_FIELD] if fields.format == "chat" else [])]))
 
 
 def _struct_columns(features: Mapping[str, Any]) -> frozenset[str]:

@@ -20,7 +20,8 @@ def held_out_mask(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDArra
     """True for the `round(fraction * n)` smallest hashes, at least one and never all; `(n,)`.
 
     Equal keys are always on the same side, so that no text is both trained on and validated on: there may be a few more
-    held out. A fraction of 0 holds none out, nor does data of a single key, with one line that says so.
+    held out. A fraction of 0 holds none out, nor does data of a single key, with one line that says so; another line
+    says where more than twice the fraction is held out, as of a few large files.
     """
     if fraction == 0:
         return np.zeros(len(hashes), dtype=np.bool_)
@@ -32,5 +33,13 @@ def held_out_mask(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDArra
     if not held_out.any():
         logger.warning(
             "the data is a single document or image, so none is held out for validation; set data.validation_path"
+        )
+    if held_out.mean() > 2 * fraction:
+        logger.warning(
+            "%d of %d documents or images are held out for validation, which asked for a share of %g: they are few, or "
+            "many are equal; set data.validation_path, or data.validation_fraction: 0 to train on all of them",
+            held_out.sum(),
+            len(hashes),
+            fraction,
         )
     return held_out

@@ -147,8 +147,8 @@ class ImageDataset:
         """Sample `index` as epoch `epoch` sees it.
 
         Raises:
-            DataError: the image cannot be read or decoded, is larger than 67 million pixels, or has a class that the
-                source does not know; with the place of the image.
+            DataError: the image cannot be read or decoded, is larger than 67 million pixels or would be when resized,
+                or has a class that the source does not know; with the place of the image.
         """
         example = self._source.read(int(self._indices[index]))
         if not 0 <= example.label < len(self._source.classes):
@@ -156,6 +156,9 @@ class ImageDataset:
                 f"{example.where}: class {example.label} is none of the {len(self._source.classes)} classes (from 0)"
             )
         image = decode_image(example, self._transform.channels)
+        # Of a file of 163 bytes, 1 x 20,000 pixels, the middle would be cut out of gigabytes.
+        if max(image.size) * max(self._transform.size) ** 2 > MAX_PIXELS * min(image.size):
+            raise _too_large(example.where, f"{image.width} x {image.height} pixels, too narrow to be resized")
         pixels = self._augmented(image, epoch, index) if self._augment else _resized_centre(image, self._transform.size)
         pixels = pixels.reshape(*self._transform.size, self._transform.channels)
         values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")  # (C, H, W)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,11 @@ from truthgpt.data.base import IGNORED_LABEL, BatchOrder, Sample
 
 MEASURED_STEPS = 2000
 """Steps of the first epoch whose batches are looked at; a longer one is judged by its first ones."""
+
+UTF8_CHARACTER_BYTES = 4
+"""Tokens that a character is spread over at most."""
+CONTEXT_BORDERS = 4
+"""Ends of characters that are decoded in front of a token."""
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -82,6 +87,26 @@ def marked_tokens(sample: Sample) -> list[tuple[int, bool]]:
         elif counted:  # the last label is one token further than the inputs
             found.append((label, True))
     return found
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text of every token where it stands; joined they are the text of all, unless U+FFFD stands in it.
+
+    Decoded alone, a token would lose the space that SentencePiece tokenizers drop at the start of a text, and the bytes
+    of one character would be none. A character of several tokens is the text of the last of them.
+    """
+    texts: list[str] = []
+    borders = [0]  # places where a character ends
+    for end in range(1, len(ids) + 1):
+        start, context = borders[-1], borders[max(len(borders) - CONTEXT_BORDERS, 0)]
+        whole = decode(ids[context:end])
+        if whole.endswith("\ufffd") and end - start < UTF8_CHARACTER_BYTES and end < len(ids):
+            texts.append("")
+            continue
+        before = decode(ids[context:start])
+        texts.append(whole[len(before) :] if whole.startswith(before) else decode(ids[start:end]))
+        borders.append(end)
+    return texts
 
 
 def packed_documents(sample: Any) -> list[Sample]:

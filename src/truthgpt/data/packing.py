@@ -169,6 +169,10 @@ class PackedDataset:
         self.fingerprint = hashlib.sha256(
             f"{rows.fingerprint} packed {PACKING_VERSION} {max_seq_len} {pad_token_id}".encode()
         ).hexdigest()
+        self.documents = rows.documents
+        """Documents in all rows."""
+        self.tokens = rows.tokens
+        """Their tokens."""
         self._rows = rows
         self._max_seq_len = max_seq_len
         self._pad_token_id = pad_token_id

@@ -41,24 +41,27 @@ class BlockDataset:
         if len(store) < 2:
             raise DataError(f"the data has {len(store)} tokens; at least 2 are needed to predict one")
         self.fingerprint = _fingerprint(store, "stream", max_seq_len)
+        self.documents = store.meta.documents
+        """Documents that the samples are made of."""
+        self.tokens = len(store)
+        """Their tokens."""
         self._reader = _TokenReader(store)
-        self._tokens = len(store)
         self._max_seq_len = max_seq_len
 
     def __len__(self) -> int:
-        return -(-(self._tokens - 1) // self._max_seq_len)
+        return -(-(self.tokens - 1) // self._max_seq_len)
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Input tokens of every sample, `(samples,)`."""
         lengths = np.full(len(self), self._max_seq_len, dtype=np.int32)
-        lengths[-1] = self._tokens - 1 - (len(self) - 1) * self._max_seq_len
+        lengths[-1] = self.tokens - 1 - (len(self) - 1) * self._max_seq_len
         return lengths
 
     def read(self, index: int, epoch: int = 0) -> Sample:
         """Block `index`; `(T,)`, the last one `(<= T,)`; the same in every epoch."""
         start = range(len(self))[index] * self._max_seq_len
-        return self._reader.sample(start, min(start + self._max_seq_len + 1, self._tokens))
+        return self._reader.sample(start, min(start + self._max_seq_len + 1, self.tokens))
 
 
 class RowDataset:
@@ -73,6 +76,7 @@ class RowDataset:
         overlong: what happens to longer rows.
         documents: the rows themselves, only to name one that is too long in the error.
         report: say what was cut and left out.
+        called: what messages call the rows.
 
     Raises:
         DataError: a row that is too long, with `overlong: error`; or no sample left.
@@ -85,6 +89,7 @@ class RowDataset:
         overlong: Overlong,
         documents: Iterable[Document] | None = None,
         report: bool = True,
+        called: str = "rows",
     ) -> None:
         self.fingerprint = _fingerprint(store, f"rows {overlong}", max_seq_len)
         self._rows = store.meta.documents
@@ -102,8 +107,14 @@ class RowDataset:
         self._starts = starts[supervised]
         self.lengths: npt.NDArray[np.int32] = (lengths[supervised] - 1).astype(np.int32)
         """Input tokens of every sample, `(samples,)`."""
+        self.documents = len(self._starts)
+        """Rows that a sample is made of."""
+        if overlong == "split":
+            self.documents = len(np.unique(np.searchsorted(store.offsets, self._starts, side="right")))
+        self.tokens = int(self.lengths.sum(dtype=np.int64)) + self.documents
+        """Tokens of these rows as far as samples hold them, the last label too."""
         if report:
-            self._report(max_seq_len, overlong)
+            self._report(max_seq_len, overlong, called)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -113,25 +124,26 @@ class RowDataset:
         start = int(self._starts[index])
         return self._reader.sample(start, start + int(self.lengths[index]) + 1)
 
-    def _report(self, max_seq_len: int, overlong: Overlong) -> None:
-        rows = self._rows
+    def _report(self, max_seq_len: int, overlong: Overlong, called: str) -> None:
+        rows = f"{self._rows} {called}"
         if self.overlong_rows:
             done = {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong]
             level = logging.INFO if overlong == "split" else logging.WARNING
             logger.log(
-                level, "%s %d of %d rows longer than max_seq_len %d tokens", done, self.overlong_rows, rows, max_seq_len
+                level, "%s %d of %s longer than max_seq_len %d tokens", done, self.overlong_rows, rows, max_seq_len
             )
         if self.unsupervised_samples:
             logger.warning(
-                "left out %d samples without a token the loss counts (train_on, max_seq_len %d)",
+                "left out %d samples without a token the loss counts, of %s (train_on, max_seq_len %d)",
                 self.unsupervised_samples,
+                rows,
                 max_seq_len,
             )
         if len(self) == 0:
             raise DataError(
-                f"0 usable rows of {rows}: {self.overlong_rows} are longer than data.max_seq_len {max_seq_len} "
-                f"(data.overlong: {overlong}), {self.unsupervised_samples} samples have no token the loss counts; "
-                "raise data.max_seq_len or set data.train_on: all"
+                f"0 usable {called} of {self._rows}: {self.overlong_rows} are longer than data.max_seq_len "
+                f"{max_seq_len} (data.overlong: {overlong}), {self.unsupervised_samples} samples have no token the "
+                "loss counts; raise data.max_seq_len or set data.train_on: all"
             )
 
 

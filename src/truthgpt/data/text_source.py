@@ -16,6 +16,13 @@ PIECES = 100
 """A lone file is cut into about this many documents, so that a share of them can be held out."""
 MIN_PIECE_BYTES = 256
 MAX_PIECE_BYTES = 64 * 1024
+CONVERT = "convert the file, for example: iconv -f {} -t UTF-8"
+UNPACK = "the file is compressed, and only JSON Lines are read so: unpack it"
+FIXES = {
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), CONVERT.format("UTF-16")),
+    **dict.fromkeys((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04"), UNPACK),
+}
+"""What to do about a file that is not UTF-8, by its first bytes: UTF-16, and gzip, Zstandard, xz, bzip2 and zip."""
 
 
 class TextSource:
@@ -119,9 +126,10 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        known = (fix for begins, fix in FIXES.items() if offset == 0 and data.startswith(begins))
+        fix = next(known, CONVERT.format("ISO-8859-1"))
         raise DataError(
-            f"{path}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}: {error.reason}); "
-            f"convert the file, for example: iconv -f ISO-8859-1 -t UTF-8"
+            f"{path}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}: {error.reason}); {fix}"
         ) from error
     if offset == 0:
         text = text.removeprefix(UTF8_BOM.decode())
