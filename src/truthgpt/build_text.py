@@ -22,6 +22,7 @@ from truthgpt.models.architecture import check_context, load_architecture
 from truthgpt.models.causal_lm import (
     build_causal_lm,
     causal_lm_loss,
+    check_causal,
     enable_gradient_checkpointing,
     fit_vocabulary,
     load_causal_lm,
@@ -62,6 +63,7 @@ def build_text_task(
     data = build_text_data(config)
     tokenizer = build_tokenizer(config, data)
     model = _build_model(config, architecture, tokenizer, device, precision)
+    check_causal(model)
     if config.model.lora.enabled:
         _add_adapters(config, model, tokenizer, plan)
     if plan.checkpointed_layers:
