@@ -135,7 +135,10 @@ def _add_adapters(config: Config, model: PreTrainedModel, tokenizer: PreTrainedT
     if base is not None and Path(base).is_dir():
         base = str(Path(base).absolute())  # whoever loads the adapters may be in another working directory
     settings = LoraSettings(wanted.r, wanted.alpha, wanted.dropout, wanted.target_modules, wanted.method)
-    add_adapters(model, settings, base, config.seed)
+    left_out = add_adapters(model, settings, base, config.seed)
+    if left_out:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in left_out}))
+        logger.info("%d layers are not adapted: peft takes %s for this model's stacked experts", len(left_out), names)
     added = missing_tokens(model, len(tokenizer))
     if added:
         _say_added(added)
