@@ -132,10 +132,16 @@ def test_missing_weights_are_reported(folder: Path, caplog: pytest.LogCaptureFix
     deeper = {"n_layer": 3} if config.model_type == "gpt2" else {"num_hidden_layers": 3}
     if config.model_type in ("qwen3", "gemma3_text"):  # they list the kind of every layer
         deeper["layer_types"] = None
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
     with caplog.at_level(logging.WARNING, "truthgpt"):
-        from_folder(folder, **deeper)
+        model = from_folder(folder, **deeper)
     (said,) = own_lines(caplog)
     assert "missing weights, for example" in said and ".2." in said
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    again = from_folder(folder, **deeper).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
 def test_unexpected_weights_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

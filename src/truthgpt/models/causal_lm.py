@@ -88,7 +88,8 @@ def load_causal_lm(
     if quantized_on is not None:
         quantized = {"quantization_config": nf4_config(dtype), "device_map": {"": quantized_on}}
     try:
-        with cache_when_unreachable(name_or_path):
+        with torch.random.fork_rng(), cache_when_unreachable(name_or_path):
+            torch.manual_seed(derive_seed(0, "missing weights"))  # random, and the same ones for whoever loads it again
             model, report = AutoModelForCausalLM.from_pretrained(
                 name_or_path,
                 config=architecture,
