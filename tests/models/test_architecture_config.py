@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
+from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 from truthgpt.errors import ConfigError
 from truthgpt.models.architecture import check_context, context_length, load_architecture
@@ -124,7 +124,11 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "length"),
-    [(GPT2Config(n_positions=64), 64), (LlamaConfig(max_position_embeddings=128), 128)],
+    [
+        (GPT2Config(n_positions=64), 64),
+        (LlamaConfig(max_position_embeddings=128), 128),
+        (Gemma3Config(text_config={"max_position_embeddings": 96}), 96),
+    ],
 )
 def test_context(config: object, length: int) -> None:
     assert context_length(config) == length  # type: ignore[arg-type]

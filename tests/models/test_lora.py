@@ -114,6 +114,23 @@ def test_shared_experts_and_routers(tmp_path: Path, family: str) -> None:
         torch.testing.assert_close(theirs(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_tower_for_images_is_left_alone(tmp_path: Path) -> None:
+    text = {**COMMON, "layer_types": ["full_attention"] * 4}
+    images = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"image_token_index": 61, "boi_token_index": 62, "eoi_token_index": 63}
+    values = {"text_config": text, "vision_config": {**images, "image_size": 28, "patch_size": 14}, **tokens}
+    base = model_of({"model_type": "gemma3", "mm_tokens_per_image": 4, **values}, "sdpa").eval()
+    for targets in (("all-linear",), ("q_proj", "down_proj")):
+        model = adapted(base, settings(targets=targets)).eval()
+        names = [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+        assert len(names) == 4 * (7 if targets == ("all-linear",) else 2)
+        assert all(name.startswith("model.language_model.layers.") for name in names)
+    folder, ids = saved(model, base, tmp_path), IDS % 60
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder, trust_remote_code=False).eval()
+        torch.testing.assert_close(theirs(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_that_peft_takes_for_experts_are_told(tmp_path: Path) -> None:
     base = model_of({"model_type": "deepseek_v3", **MIXTURES["deepseek_v3"][0]})
     left_out = add_adapters(copy.deepcopy(base), settings(), None, seed=3)

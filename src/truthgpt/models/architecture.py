@@ -100,7 +100,7 @@ def _refuse_wrong_place(name_or_path: str) -> None:
 
 def context_length(architecture: PreTrainedConfig) -> int | None:
     """Positions the model can tell apart; None when its configuration does not limit them."""
-    length = getattr(architecture, "max_position_embeddings", None)
+    length = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     return int(length) if isinstance(length, int) and length > 0 else None
 
 

@@ -116,9 +116,15 @@ def add_tokens(model: PreTrainedModel, added: int) -> None:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers, the output head left out."""
+    """Full names of the linear layers that text goes through: not those of a tower for images, nor the output head."""
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if module is not head and _is_linear(module)]
+    of_several_parts = model.config.get_text_config() is not model.config
+    decoder = set((model.get_decoder() if of_several_parts else model).modules())
+    return [
+        name
+        for name, module in model.named_modules()
+        if module in decoder and module is not head and _is_linear(module)
+    ]
 
 
 def base_name(model: PreTrainedModel) -> str | None:
