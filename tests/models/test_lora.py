@@ -133,7 +133,9 @@ def test_a_tower_for_images_is_left_alone(tmp_path: Path) -> None:
 
 def test_layers_that_peft_takes_for_experts_are_told(tmp_path: Path) -> None:
     base = model_of({"model_type": "deepseek_v3", **MIXTURES["deepseek_v3"][0]})
-    left_out = add_adapters(copy.deepcopy(base), settings(), None, seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        left_out = add_adapters(copy.deepcopy(base), settings(), None, seed=3)
     assert "model.layers.0.mlp.gate_proj" in left_out and "model.layers.1.mlp.shared_experts.up_proj" in left_out
     assert {name.rpartition(".")[2] for name in left_out} == {"gate_proj", "up_proj", "down_proj"}
     with pytest.raises(ConfigError, match="takes down_proj of DeepseekV3ForCausalLM for its stacked experts"):

@@ -263,7 +263,8 @@ def _taken_for_experts(model: PreTrainedModel, targets: Sequence[str]) -> list[s
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whatever peft says of the trial, it says of the model
         trial = type(model)(model.config)
         try:
             inject_adapter_in_model(LoraConfig(r=1, target_modules=list(targets)), trial)
