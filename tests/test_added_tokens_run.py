@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.process import Cli
 from tests.sample_data import sentence
@@ -77,6 +77,24 @@ def test_new_tokens_are_trained_with_the_adapters(chats: Cli, name: str, method:
     assert "resize_token_embeddings(len(processor))" in card
     described = json.loads((folder / "model/adapter_config.json").read_text())
     assert list(described["trainable_token_indices"].values()) == [MARKS] * len(rows)
+
+
+def test_new_tokens_on_unused_embeddings_are_told(chats: Cli) -> None:
+    spare = LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=1)
+    for name, size in (("spare", 320), ("fewer", 258)):
+        spare.vocab_size = size
+        LlamaForCausalLM(spare).save_pretrained(chats.folder / name)
+        byte_tokenizer().save_pretrained(chats.folder / name)
+    chosen = (*LORA, *CHAT, "training.max_steps=1")
+    said = run(chats, "train", "base.yaml", *chosen, *pretrained("spare"), *TOKENIZER).stderr
+    assert "2 tokens of the tokenizer, for example '<|im_start|>', are new to" in said and "are added" not in said
+    said = run(chats, "train", "base.yaml", *chosen, *pretrained("fewer"), *TOKENIZER, "output_dir=f").stderr
+    assert (
+        "1 tokens of the tokenizer, for example '<|im_start|>', are new to" in said
+        and "1 tokens of the tokenizer are not" in said
+    )
+    said = run(chats, "train", "base.yaml", *chosen, *pretrained("llama"), *TOKENIZER, "output_dir=l").stderr
+    assert "are new to" not in said
 
 
 def test_resume_with_new_tokens_is_exact(chats: Cli) -> None:

@@ -290,6 +290,13 @@ def test_packing_a_model_that_cannot_keep_documents_apart_is_refused(
     assert [fallback["part"] for fallback in components.fallbacks.to_json()] == ["model.attention.backend"]
 
 
+def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
+    shape = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2"
+    with pytest.raises(ConfigError, match=r"model: tokens of this BertLMHeadModel see those after them"):
+        build(tmp_path, f"model.config={{model_type: bert, {shape}}}")
+    build(tmp_path, f"model.config={{model_type: bert, is_decoder: true, {shape}}}")
+
+
 def test_a_model_with_masks_of_its_own_keeps_transformers_attention(tmp_path: Path) -> None:
     llama4 = (
         "model.config={model_type: llama4_text, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 4, "

@@ -100,6 +100,9 @@ def test_checkpoints_with_and_without_their_average(bases: Cli) -> None:
         saved = load_file(bases.folder / f"{name}-raw" / file)
         for key, value in saved.items():
             assert torch.equal(value, payload["model"][key.removeprefix("base_model.model.")]), key
+        for kind in ("ema", "raw"):
+            own, out = bases.folder / name / "model", bases.folder / f"{name}-{kind}"
+            assert (out / "generation_config.json").read_bytes() == (own / "generation_config.json").read_bytes()
     run(bases, "export", "adapters", "--out", "merged-raw", "--merge-lora", "--weights", "raw")
     raw = AutoPeftModelForCausalLM.from_pretrained(bases.folder / "adapters-raw", trust_remote_code=False)
     torch.testing.assert_close(logits(plain(bases.folder / "merged-raw")), logits(raw))

@@ -6,15 +6,25 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from tests.test_build import build_small_trainer, registered
+import truthgpt.build
+from tests.attention.packed_models import model_of
+from tests.models.adapted_models import SHAPES, adapted, settings
+from tests.models.test_lora import saved
+from tests.test_build import build_small_trainer, registered, small_config
+from truthgpt.build import frozen_cast
 from truthgpt.errors import CheckpointError, ConfigError
 from truthgpt.factories.metrics import METRICS
 from truthgpt.load_model import LoadedModel, load_model
 from truthgpt.metrics.base import EvalBatch
+from truthgpt.models.tokenizer import byte_tokenizer
+from truthgpt.models.trained_weights import adapter_weights
+from truthgpt.serve_model import ServingOptions, open_text_model
 
 CPU = torch.device("cpu")
 
@@ -76,6 +86,45 @@ def test_every_form_is_the_averaged_weights(run: Path, target: str, in_run: bool
     assert_weights(loaded, averaged(run / f"checkpoints/{'last' if last else 'best'}.pt"))
     assert loaded.run_directory == (run if in_run else None)
     assert loaded.tokenizer("hi").input_ids == [104, 105]
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[set[torch.dtype]]:
+    """The types of the weights whenever a model is moved to its device."""
+    types: list[set[torch.dtype]] = []
+    move = PreTrainedModel.to
+
+    def noted(model: PreTrainedModel, *arguments: Any, **keywords: Any) -> Any:
+        types.append({parameter.dtype for parameter in model.parameters()})
+        return move(model, *arguments, **keywords)
+
+    monkeypatch.setattr(PreTrainedModel, "to", noted)
+    return types
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("float32", torch.float32)])
+def test_a_model_that_writes_is_moved_in_its_own_type(
+    run: Path, moved: list[set[torch.dtype]], dtype: str, expected: torch.dtype
+) -> None:
+    with open_text_model(run, ServingOptions(device="cpu", dtype=dtype)):
+        assert moved[-1] == {expected}
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_frozen_base_is_moved_as_it_is_evaluated(
+    tmp_path: Path, moved: list[set[torch.dtype]], monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    base = model_of(SHAPES["llama"], "sdpa")
+    folder = saved(adapted(base, settings(), share=False), base, tmp_path / "adapters")
+    for place in (folder, folder / "base"):
+        byte_tokenizer().save_pretrained(place)
+    monkeypatch.setattr(truthgpt.build, "has_native_bf16", lambda device: True)
+    config = small_config(tmp_path, f"training.mixed_precision={'bf16' if half else 'none'}")
+    loaded = load_model(folder, CPU, cast=frozen_cast(config, CPU))
+    assert moved[-1] == ({torch.bfloat16, torch.float32} if half else {torch.float32})
+    assert {weight.dtype for weight in adapter_weights(loaded.model).values()} == {torch.float32}
+    loaded = load_model(tmp_path / "adapters/base", CPU, cast=frozen_cast(config, CPU))
+    assert moved[-1] == {torch.float32}, "autocast needs all weights in float32"
 
 
 def test_relative_paths(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

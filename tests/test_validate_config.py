@@ -336,6 +336,7 @@ IMAGES = [
         (["model.config={}"], "model.config.model_type", "missing"),
         (["model={init: scratch}"], "model.config.model_type", "missing"),
         (["model.config.model_type=3"], "model.config.model_type", "found 3"),
+        (["model.config.output_router_logits=true"], "model.config.output_router_logits", "cross-entropy alone"),
         (["model.tokenizer={type: bpe}"], "model.tokenizer.vocab_size", "type: bpe needs it"),
         (["model.tokenizer={type: path}"], "model.tokenizer.path", "type: path needs it"),
         (["model.tokenizer={type: byte, vocab_size: 300}"], "model.tokenizer.vocab_size", "for type: bpe only"),

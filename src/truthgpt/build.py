@@ -46,7 +46,13 @@ from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.float8 import Recipe, float8_obstacle, multiply_in_float8
 from truthgpt.runtime.flops import peak_flops
 from truthgpt.runtime.onednn import multiply_by_onednn
-from truthgpt.runtime.precision import Precision, choose_precision, hold_frozen_in_bf16, hold_weights_in_bf16
+from truthgpt.runtime.precision import (
+    Precision,
+    choose_precision,
+    has_native_bf16,
+    hold_frozen_in_bf16,
+    hold_weights_in_bf16,
+)
 from truthgpt.task import TaskParts
 from truthgpt.trainers.engine import Objective
 
@@ -172,6 +178,17 @@ def build_evaluation(config: Config, loaded: LoadedModel) -> EvaluationComponent
     objective = image_classification_loss if loaded.tokenizer is None else choose_loss(loaded.model, fallbacks)
     _multiply_on_cpu(loaded.model, precision)
     return EvaluationComponents(loader, _build_metrics(config, loaded.tokenizer), objective, precision)
+
+
+def frozen_cast(config: Config, device: torch.device) -> Callable[[PreTrainedModel], None]:
+    """For `load_model`: makes what is frozen below adapters bf16, where `config` evaluates it so on `device`."""
+    half = config.training.mixed_precision == "bf16" and has_native_bf16(device)
+
+    def cast(model: PreTrainedModel) -> None:
+        if half and has_adapters(model):
+            hold_frozen_in_bf16(model)
+
+    return cast
 
 
 def _max_steps(config: Config, task: TaskParts) -> int:

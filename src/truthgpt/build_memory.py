@@ -15,7 +15,7 @@ from truthgpt.config.data_section import DataConfig
 from truthgpt.config.schema import Config
 from truthgpt.factories.memory import MEMORY_POLICIES
 from truthgpt.factories.registry import accepts
-from truthgpt.memory.activations import fake_model, measure_activations
+from truthgpt.memory.activations import fake_model, measure_activations, one_line_an_error
 from truthgpt.memory.base import MemoryEstimate, MemoryPlan, Recut, TrainingCost
 from truthgpt.memory.estimate import Head, Held, StepMemory
 from truthgpt.models.adapted_linear import share_inputs
@@ -208,7 +208,7 @@ def step_cost(config: Config, machine: Machine) -> StepCost:
         architecture.vocab_size = config.model.config.get("vocab_size") or _vocabulary_size(config)
     mode, model = fake_model(lambda: _model(config, architecture, machine.precision))
     if config.model.lora.enabled:
-        with mode:
+        with mode, one_line_an_error():
             share_inputs(model, torch.zeros((1, PROBE_TOKENS), dtype=torch.long))
     length, trainable = config.data.max_seq_len, [p for p in model.parameters() if p.requires_grad]
     flops = training_flops_per_token(model, length)

@@ -14,6 +14,7 @@ from truthgpt.build_sources import build_text_data
 from truthgpt.config.schema import Config
 from truthgpt.data.base import Batch
 from truthgpt.data.collate import PackedCollator
+from truthgpt.errors import ConfigError
 from truthgpt.inference.turn_end import turn_end
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.models.adapted_linear import share_inputs
@@ -22,6 +23,7 @@ from truthgpt.models.architecture import check_context, load_architecture
 from truthgpt.models.causal_lm import (
     build_causal_lm,
     causal_lm_loss,
+    check_causal,
     enable_gradient_checkpointing,
     fit_vocabulary,
     load_causal_lm,
@@ -32,6 +34,7 @@ from truthgpt.models.causal_lm import (
 from truthgpt.models.lora import LoraSettings, add_adapters, add_tokens, require_peft
 from truthgpt.models.output_head import PROBE_TOKENS, head_completes_body
 from truthgpt.models.quantized_base import refuse_quantized, require_bitsandbytes
+from truthgpt.models.tokenizer import load_tokenizer
 from truthgpt.runtime.fallbacks import Fallbacks
 from truthgpt.runtime.flops import training_flops_per_token
 from truthgpt.runtime.precision import Precision
@@ -62,6 +65,7 @@ def build_text_task(
     data = build_text_data(config)
     tokenizer = build_tokenizer(config, data)
     model = _build_model(config, architecture, tokenizer, device, precision)
+    check_causal(model)
     if config.model.lora.enabled:
         _add_adapters(config, model, tokenizer, plan)
     if plan.checkpointed_layers:
@@ -133,7 +137,11 @@ def _add_adapters(config: Config, model: PreTrainedModel, tokenizer: PreTrainedT
     if base is not None and Path(base).is_dir():
         base = str(Path(base).absolute())  # whoever loads the adapters may be in another working directory
     settings = LoraSettings(wanted.r, wanted.alpha, wanted.dropout, wanted.target_modules, wanted.method)
-    add_adapters(model, settings, base, config.seed)
+    left_out = add_adapters(model, settings, base, config.seed)
+    if left_out:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in left_out}))
+        logger.info("%d layers are not adapted: peft takes %s for this model's stacked experts", len(left_out), names)
+    _warn_of_frozen_tokens(config, model, tokenizer)
     added = missing_tokens(model, len(tokenizer))
     if added:
         _say_added(added)
@@ -144,6 +152,26 @@ def _add_adapters(config: Config, model: PreTrainedModel, tokenizer: PreTrainedT
 
 def _say_added(tokens: int) -> None:
     logger.info("%d tokens of the tokenizer are not in the model: as many rows are added, the mean of its own", tokens)
+
+
+def _warn_of_frozen_tokens(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Many models have a few hundred embeddings more than tokens; new tokens that fall on those are frozen too."""
+    base = _pretrained(config)
+    if base is None or config.model.tokenizer.type != "path":
+        return
+    try:
+        known = len(load_tokenizer(base, config.model.trust_remote_code))
+    except ConfigError:  # it comes without one
+        return
+    spare = range(known, len(tokenizer) - missing_tokens(model, len(tokenizer)))
+    if spare:
+        logger.warning(
+            "%d tokens of the tokenizer, for example %r, are new to %s, which has unused embeddings for them: they are "
+            "frozen like all of its own (model.lora.enabled: false trains them)",
+            len(spare),
+            tokenizer.convert_ids_to_tokens(spare[0]),
+            base,
+        )
 
 
 def share_adapter_inputs(model: PreTrainedModel) -> None:

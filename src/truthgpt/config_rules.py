@@ -56,6 +56,9 @@ def _model_rules(config: Config) -> Iterator[Broken]:
     elif "model_type" in model.config and not isinstance(model.config["model_type"], str):
         found = shown(model.config["model_type"])
         yield Broken(model_type, f"must be the name of a transformers model type; found {found}")
+    if model.config.get("output_router_logits"):
+        message = "true asks for the routers' balancing loss, and the loss is cross-entropy alone"
+        yield Broken(("model", "config", "output_router_logits"), message, "leave it out")
     tokenizer = model.tokenizer
     kind = ("model", "tokenizer", "type")
     for key, owner in (("vocab_size", "bpe"), ("path", "path")):

@@ -104,7 +104,7 @@ def _write(loaded: LoadedModel, written: Path, folder: Path | None) -> Expected:
 
 def _write_loaded(loaded: LoadedModel, written: Path) -> None:
     """A checkpoint's weights beside the description of its run's model."""
-    _copy_description(loaded.folder, written)
+    leave_out: tuple[str, ...] = ()
     with rust_disk_errors():
         if has_adapters(loaded.model):
             save_adapters(loaded.model, written, as_safetensors=True)
@@ -112,6 +112,9 @@ def _write_loaded(loaded: LoadedModel, written: Path) -> None:
                 shutil.copytree(loaded.folder / BASE_FOLDER, written / BASE_FOLDER)
         else:
             loaded.model.save_pretrained(written)
+            leave_out = ("config.json",)  # what was written says the type of these weights
+    # Afterwards: transformers writes a generation configuration too, without the run's stop and padding ids.
+    _copy_description(loaded.folder, written, leave_out)
 
 
 def _copy_description(folder: Path, written: Path, leave_out: tuple[str, ...] = ()) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,7 +49,13 @@ class LoadedModel:
     run_directory: Path | None
 
 
-def load_model(target: Path, device: torch.device, averaged: bool = True, stored_type: bool = False) -> LoadedModel:
+def load_model(
+    target: Path,
+    device: torch.device,
+    averaged: bool = True,
+    stored_type: bool = False,
+    cast: Callable[[PreTrainedModel], object] | None = None,
+) -> LoadedModel:
     """Load what `target` names: a run directory (its `model/`), a checkpoint file, or a Hugging Face or peft folder.
 
     A run without final weights yet is loaded from its best checkpoint, with one line that says so.
@@ -57,11 +64,20 @@ def load_model(target: Path, device: torch.device, averaged: bool = True, stored
         averaged: of a checkpoint, the averaged weights where the run kept an average; else those of its step.
         stored_type: a folder's text model, and the base of adapters, in the type its weights are stored in, instead of
             float32.
+        cast: changes the types of the weights in place, on the host: a GPU with room for bf16 need not have twice that.
 
     Raises:
         CheckpointError: nothing there that can be loaded.
     """
     quiet_transformers()
+    loaded = _on_host(target, device, averaged, stored_type)
+    if cast is not None:
+        cast(loaded.model)
+    return replace(loaded, model=loaded.model.to(device))
+
+
+def _on_host(target: Path, device: torch.device, averaged: bool, stored_type: bool) -> LoadedModel:
+    """What is loaded, not yet on `device`, save what is quantised there."""
     if target.is_file():
         return _from_checkpoint(target, device, averaged, stored_type)
     folder = trained_folder(target)
@@ -96,7 +112,7 @@ def _from_folder(folder: Path, run_directory: Path | None, device: torch.device,
         load_adapters(model, folder)
     else:
         model = _load_text_model(str(folder), stored_type)
-    return _loaded(model, folder, run_directory, device)
+    return _loaded(model, folder, run_directory)
 
 
 def _from_checkpoint(checkpoint: Path, device: torch.device, averaged: bool, stored_type: bool) -> LoadedModel:
@@ -118,7 +134,7 @@ def _from_checkpoint(checkpoint: Path, device: torch.device, averaged: bool, sto
         architecture = load_architecture(str(folder), {}, trust_remote_code=False)
         model = build_causal_lm(architecture, transformers_attention(architecture), seed=0)
     load_exported_weights(model, payload, averaged)
-    return _loaded(model, folder, run_directory, device)
+    return _loaded(model, folder, run_directory)
 
 
 def _load_text_model(folder: str, stored_type: bool) -> PreTrainedModel:
@@ -171,6 +187,6 @@ def _is_image_classifier(folder: Path) -> bool:
     return any(str(name).endswith("ForImageClassification") for name in names)
 
 
-def _loaded(model: PreTrainedModel, folder: Path, run_directory: Path | None, device: torch.device) -> LoadedModel:
+def _loaded(model: PreTrainedModel, folder: Path, run_directory: Path | None) -> LoadedModel:
     tokenizer = None if _is_image_classifier(folder) else load_tokenizer(str(folder), trust_remote_code=False)
-    return LoadedModel(model.to(device).eval(), tokenizer, folder, run_directory)
+    return LoadedModel(model.eval(), tokenizer, folder, run_directory)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from truthgpt.errors import ConfigError
 from truthgpt.factories.kv_cache import KV_CACHES
@@ -56,14 +56,17 @@ def open_text_model(target: Path, options: ServingOptions) -> Iterator[TextModel
         CheckpointError: there is nothing to load.
     """
     device = choose_device(options.device)
-    loaded = load_model(target, device)
+    half = options.dtype == "bf16" or (options.dtype == "auto" and device.type == "cuda" and has_native_bf16(device))
+    loaded = load_model(target, device, cast=_in_bf16 if half else None)
     if loaded.tokenizer is None:
         raise ConfigError(
             f"{target}: a {type(loaded.model).__name__} writes no text; truthgpt eval says how good it is"
         )
-    if options.dtype == "bf16" or (options.dtype == "auto" and device.type == "cuda" and has_native_bf16(device)):
-        hold_weights_in_bf16(loaded.model, sum_in_float32=False)
     policy = KV_CACHES.build(options.kv_cache, {}, block_size=options.block_size)
     name = (loaded.run_directory or loaded.folder).absolute().name
     with open_engine(loaded.model, loaded.tokenizer, policy, Fallbacks(), options.engine, model_name=name) as engine:
         yield TextModel(engine, loaded.tokenizer, loaded)
+
+
+def _in_bf16(model: PreTrainedModel) -> None:
+    hold_weights_in_bf16(model, sum_in_float32=False)

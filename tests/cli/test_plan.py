@@ -55,6 +55,27 @@ def test_a_run_that_does_not_fit(big: Cli) -> None:
     assert "model.memory.policy=adaptive" in static.stderr
 
 
+MIXTURE = """\
+model:
+  init: scratch
+  tokenizer: {type: byte}
+  config: {model_type: mixtral, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+    num_key_value_heads: 2, num_local_experts: 4}
+  lora: {enabled: true, dropout: 0.0}
+training: {max_steps: 100, mixed_precision: none}
+data: {source: text, path: nowhere.txt, max_seq_len: 64}
+"""
+
+
+def test_a_model_that_cannot_be_counted_is_one_line(cli: Cli) -> None:
+    (cli.folder / "mixture.yaml").write_text(MIXTURE)
+    finished = cli("plan", "mixture.yaml", "--gpu-memory", "80GiB")
+    if finished.exit_code == 0:
+        pytest.skip("this torch can count it")
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: a step of this model cannot be counted without running it: ")
+
+
 def test_this_machine(cli: Cli) -> None:
     finished = cli("plan", "hardware.device=cpu")
     assert finished.exit_code == 0, finished.stderr

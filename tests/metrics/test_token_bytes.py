@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from truthgpt.metrics.token_bytes import token_byte_lengths
@@ -61,6 +61,21 @@ def test_sentencepiece_counts_spaces_and_fallback_bytes(decoder: decoders.Decode
     ids = tokenizer(text)["input_ids"]
     assert any(tokenizer.convert_ids_to_tokens(index).startswith("<0x") for index in ids)
     assert int(lengths[ids].sum()) == len(text.encode())
+
+
+def test_runs_of_spaces_among_the_added_tokens() -> None:
+    """As in Gemma: they never match a text, which has spaces, and the model of the tokenizer has the same ones."""
+    pieces = ["<unk>", "</s>", "▁", "▁▁", "▁▁▁▁", "a", "b"]
+    merges = [("▁", "▁"), ("▁▁", "▁▁")]
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in ("▁▁", "▁▁▁▁")])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    text = "a    b  a"
+    ids = wrapped(text)["input_ids"]
+    assert ids == [5, 4, 6, 3, 5] and wrapped.decode(ids) == text
+    assert int(token_byte_lengths(wrapped, len(pieces))[ids].sum()) == len(text.encode())
 
 
 def test_special_and_added_tokens() -> None:

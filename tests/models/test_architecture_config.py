@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 from truthgpt.errors import ConfigError
 from truthgpt.models.architecture import check_context, context_length, load_architecture
@@ -37,6 +39,7 @@ def test_aliases_of_transformers_are_known() -> None:
         ({**LLAMA, "n_layer": 8, "heads": 2}, ["model.config.n_layer", "model.config.heads"]),
         ({**LLAMA, "hidden_size": "big"}, ["model.config: transformers refuses it", "hidden_size"]),
         ({"model_type": "gpt2", "rope_theta": 1.0}, ["model.config.rope_theta"]),
+        ({"model_type": "qwen2", "sliding_window": 16}, ["model.config.sliding_window: 16 has no effect", "None"]),
     ],
 )
 def test_mistakes_are_named(overrides: dict[str, object], phrases: list[str]) -> None:
@@ -62,6 +65,46 @@ def test_folder_with_changes(tmp_path: Path) -> None:
         load(str(tmp_path), model_type="gpt2")
 
 
+OWN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides", "expected"),
+    [
+        (OWN_ROPE, {"attention_dropout": 0.25}, OWN_ROPE),
+        (OWN_ROPE, {"rope_theta": 1e6}, {**OWN_ROPE, "rope_theta": 1e6}),
+        (OWN_ROPE, {"rope_scaling": LINEAR}, {**LINEAR, "rope_theta": 500000.0}),
+        (OWN_ROPE, {"rope_parameters": LINEAR}, {**LINEAR, "rope_theta": 500000.0}),
+        (OWN_ROPE, {"rope_scaling": LINEAR, "rope_theta": 1e6}, {**LINEAR, "rope_theta": 1e6}),
+        ({**LINEAR, "rope_theta": 5000.0}, {"rope_theta": 1e6}, {**LINEAR, "rope_theta": 1e6}),
+        ({**LINEAR, "rope_theta": 5000.0}, {"rope_scaling": None}, {"rope_type": "default", "rope_theta": 5000.0}),
+    ],
+)
+def test_rotary_settings_of_a_pretrained_model(
+    tmp_path: Path, own: dict[str, object], overrides: dict[str, object], expected: dict[str, object]
+) -> None:
+    LlamaConfig(rope_parameters=dict(own)).save_pretrained(tmp_path)
+    before = copy.deepcopy(overrides)
+    changed: Any = load(str(tmp_path), **overrides)
+    assert changed.rope_parameters == expected
+    assert overrides == before, "the YAML's own values were written into"
+
+
+def test_rotary_settings_for_each_kind_of_layer(tmp_path: Path) -> None:
+    config: Any = Gemma3TextConfig(num_hidden_layers=6)
+    config.rope_parameters["full_attention"]["rope_theta"] = 5e5
+    config.save_pretrained(tmp_path)
+    changed: Any = load(str(tmp_path), rope_parameters={"full_attention": LINEAR})
+    assert changed.rope_parameters == {
+        "full_attention": {**LINEAR, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    for overrides in ({"rope_theta": 1e6}, {"rope_scaling": LINEAR}, {"rope_parameters": LINEAR}):
+        with pytest.raises(ConfigError, match=r"model\.config\.rope_\w+: the model has .* for .*full_attention"):
+            load(str(tmp_path), **overrides)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/config.json").write_text("{}")
@@ -81,7 +124,11 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "length"),
-    [(GPT2Config(n_positions=64), 64), (LlamaConfig(max_position_embeddings=128), 128)],
+    [
+        (GPT2Config(n_positions=64), 64),
+        (LlamaConfig(max_position_embeddings=128), 128),
+        (Gemma3Config(text_config={"max_position_embeddings": 96}), 96),
+    ],
 )
 def test_context(config: object, length: int) -> None:
     assert context_length(config) == length  # type: ignore[arg-type]

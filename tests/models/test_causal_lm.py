@@ -15,6 +15,7 @@ from truthgpt.models.architecture import load_architecture
 from truthgpt.models.causal_lm import (
     build_causal_lm,
     causal_lm_loss,
+    check_causal,
     check_vocabulary,
     count_parameters,
     fit_vocabulary,
@@ -131,10 +132,16 @@ def test_missing_weights_are_reported(folder: Path, caplog: pytest.LogCaptureFix
     deeper = {"n_layer": 3} if config.model_type == "gpt2" else {"num_hidden_layers": 3}
     if config.model_type in ("qwen3", "gemma3_text"):  # they list the kind of every layer
         deeper["layer_types"] = None
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
     with caplog.at_level(logging.WARNING, "truthgpt"):
-        from_folder(folder, **deeper)
+        model = from_folder(folder, **deeper)
     (said,) = own_lines(caplog)
     assert "missing weights, for example" in said and ".2." in said
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    again = from_folder(folder, **deeper).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
 def test_unexpected_weights_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -164,6 +171,37 @@ def test_vocabulary() -> None:
     with pytest.raises(ConfigError, match="256 token embeddings, the tokenizer 257 tokens"):
         fit_vocabulary(architecture, tokenizer, 256)
     check_vocabulary(257, 257)
+
+
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_a_model_that_sees_what_it_predicts_is_refused(model_type: str, dtype: torch.dtype) -> None:
+    for decoder in (False, True):
+        values = {"model_type": model_type, **ENCODER, "vocab_size": 257, "is_decoder": decoder}
+        model = build_causal_lm(load_architecture(None, values, trust_remote_code=False), "sdpa", 0, dtype).train()
+        model.requires_grad_(not decoder)
+        ids = torch.randint(5, 257, (1, 12), generator=torch.Generator().manual_seed(1))
+        other = ids.clone()
+        other[0, -1] += 1 if ids[0, -1] < 256 else -1
+        with torch.no_grad():
+            before, after = (model.eval()(input_ids=each).logits.float()[:, :-1] for each in (ids, other))
+        assert torch.equal(before, after) == decoder
+        model.train()
+        if decoder:
+            check_causal(model)
+        else:
+            with pytest.raises(ConfigError, match=r"LMHeadModel|CausalLM see those after .*is_decoder: true"):
+                check_causal(model)
+        assert model.training and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_causal_models_are_taken(model_type: str) -> None:
+    architecture = load_architecture(None, {"model_type": model_type, **FAMILIES[model_type]}, trust_remote_code=False)
+    check_causal(build_causal_lm(architecture, "sdpa", seed=0))
 
 
 def test_generation_stops_at_the_tokenizers_end() -> None:

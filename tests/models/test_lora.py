@@ -80,6 +80,71 @@ def test_experts_stay_as_they_are() -> None:
     assert last_parts(adapted(model_of(values), settings())) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+WIDTHS = {key: value for key, value in COMMON.items() if key != "head_dim"}
+EXPERTS = {
+    **{"n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+}
+LATENT = {
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    "num_key_value_heads": 4,
+}
+MIXTURES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "deepseek_v3": (
+        {**WIDTHS, **EXPERTS, **LATENT},
+        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
+    ),
+    "glm4_moe": ({**WIDTHS, **EXPERTS}, ATTENTION),
+    "phimoe": ({**WIDTHS, "num_local_experts": 4}, ATTENTION),
+    "llama4_text": ({**COMMON, "num_local_experts": 4, "intermediate_size_mlp": 64}, LLAMA_LAYERS),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_shared_experts_and_routers(tmp_path: Path, family: str) -> None:
+    """peft takes the first for the stacked experts where their names are the same; the second are no linear layers."""
+    values, layers = MIXTURES[family]
+    base = model_of({"model_type": family, **values}, "sdpa").eval()
+    model = adapted(base, settings()).eval()
+    assert last_parts(model) == layers
+    folder = saved(model, base, tmp_path)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder, trust_remote_code=False).eval()
+        torch.testing.assert_close(theirs(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tower_for_images_is_left_alone(tmp_path: Path) -> None:
+    text = {**COMMON, "layer_types": ["full_attention"] * 4}
+    images = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"image_token_index": 61, "boi_token_index": 62, "eoi_token_index": 63}
+    values = {"text_config": text, "vision_config": {**images, "image_size": 28, "patch_size": 14}, **tokens}
+    base = model_of({"model_type": "gemma3", "mm_tokens_per_image": 4, **values}, "sdpa").eval()
+    for targets in (("all-linear",), ("q_proj", "down_proj")):
+        model = adapted(base, settings(targets=targets)).eval()
+        names = [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+        assert len(names) == 4 * (7 if targets == ("all-linear",) else 2)
+        assert all(name.startswith("model.language_model.layers.") for name in names)
+    folder, ids = saved(model, base, tmp_path), IDS % 60
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder, trust_remote_code=False).eval()
+        torch.testing.assert_close(theirs(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_peft_takes_for_experts_are_told(tmp_path: Path) -> None:
+    base = model_of({"model_type": "deepseek_v3", **MIXTURES["deepseek_v3"][0]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        left_out = add_adapters(copy.deepcopy(base), settings(), None, seed=3)
+    assert "model.layers.0.mlp.gate_proj" in left_out and "model.layers.1.mlp.shared_experts.up_proj" in left_out
+    assert {name.rpartition(".")[2] for name in left_out} == {"gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(ConfigError, match="takes down_proj of DeepseekV3ForCausalLM for its stacked experts"):
+        adapted(base, settings(targets=("o_proj", "down_proj")))
+    with pytest.raises(ConfigError, match=r"peft cannot adapt this model: Cannot convert .* gate_proj"):
+        adapted(base, settings(targets=("gate_proj",)))
+    assert add_adapters(model_of(SHAPES["llama"]), settings(), None, seed=3) == []
+
+
 @pytest.mark.parametrize(
     ("targets", "phrases"),
     [

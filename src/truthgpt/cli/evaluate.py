@@ -57,10 +57,12 @@ def evaluate(
     console = attach_console(logging.INFO)
     try:
         data = evaluation_data(target, base, given, chosen or None, loaded_plugins())
+        from truthgpt.build import frozen_cast
         from truthgpt.load_model import load_model
         from truthgpt.runtime.device import choose_device
 
-        loaded = load_model(target, choose_device(data.config.hardware.device))
+        device = choose_device(data.config.hardware.device)
+        loaded = load_model(target, device, cast=frozen_cast(data.config, device))
         document: dict[str, Any] = {}
         if on_data:
             evaluation = _on_data(data, loaded)

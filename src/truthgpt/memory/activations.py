@@ -87,7 +87,7 @@ def measure_activations(
     autocast = half_precision and any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     with ExitStack() as stack:
         stack.enter_context(mode)
-        stack.enter_context(_one_line_an_error())
+        stack.enter_context(one_line_an_error())
         stack.enter_context(_counted_attention(model))
         if autocast:
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
@@ -156,7 +156,7 @@ def _without(layers: nn.ModuleList) -> Iterator[None]:
 
 
 @contextmanager
-def _one_line_an_error() -> Iterator[None]:
+def one_line_an_error() -> Iterator[None]:
     """torch logs the frames of an operation that fake tensors cannot do, which whoever counts says in one line."""
     torchs_own = logging.getLogger("torch._subclasses.fake_tensor")
     level = torchs_own.level

@@ -34,8 +34,9 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> t
     for piece, index in tokenizer.get_vocab().items():
         if index >= vocab_size or index in special:
             continue
-        if index in added:  # added tokens stand for themselves, outside any alphabet
-            lengths[index] = len(added[index].encode())
+        if index in added:  # added tokens stand for themselves, outside any alphabet; Gemma's runs of marks are spaces
+            text = added[index].replace(_SPACE_MARK, " ") if spelling == "sentencepiece" else added[index]
+            lengths[index] = len(text.encode())
         elif spelling == "byte_level":
             lengths[index] = len(piece)
         elif spelling == "sentencepiece":

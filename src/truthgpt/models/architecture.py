@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
@@ -29,7 +30,7 @@ class ModelKind:
 CAUSAL_LM = ModelKind(
     "causal language model", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "gpt2, llama, qwen3, gemma3_text, mistral"
 )
-_LEGACY_ROPE_NAMES = {"rope_theta", "rope_scaling"}
+_LEGACY_ROPE_NAMES = ("rope_scaling", "rope_theta")
 """Names transformers rewrites into `rope_parameters` for models that have rotary embeddings."""
 
 
@@ -71,8 +72,11 @@ def load_architecture(
     _refuse_unknown_keys(type(config), overrides)
     if overrides.get("model_type", config.model_type) != config.model_type:
         raise _problem("model_type", f"{name_or_path} is a {config.model_type} model, not {overrides['model_type']}")
-    merged = {**config.to_dict(), **overrides}
-    return _construct(type(config), {key: value for key, value in merged.items() if key != "model_type"})
+    own = config.to_dict()
+    merged = {**own, **_with_own_rope(own.get("rope_parameters"), overrides)}
+    changed = _construct(type(config), {key: value for key, value in merged.items() if key != "model_type"})
+    _refuse_untaken(changed, overrides)
+    return changed
 
 
 def _refuse_wrong_place(name_or_path: str) -> None:
@@ -96,7 +100,7 @@ def _refuse_wrong_place(name_or_path: str) -> None:
 
 def context_length(architecture: PreTrainedConfig) -> int | None:
     """Positions the model can tell apart; None when its configuration does not limit them."""
-    length = getattr(architecture, "max_position_embeddings", None)
+    length = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     return int(length) if isinstance(length, int) and length > 0 else None
 
 
@@ -124,7 +128,9 @@ def _from_scratch(overrides: Mapping[str, Any], kind: ModelKind) -> PreTrainedCo
         raise _problem("model_type", f"transformers has no {kind.name} of type {model_type!r}", hint)
     config_class = CONFIG_MAPPING[model_type]
     _refuse_unknown_keys(config_class, overrides)
-    return _construct(config_class, {key: value for key, value in overrides.items() if key != "model_type"})
+    config = _construct(config_class, {key: value for key, value in overrides.items() if key != "model_type"})
+    _refuse_untaken(config, overrides)
+    return config
 
 
 def _refuse_unknown_keys(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any]) -> None:
@@ -132,7 +138,7 @@ def _refuse_unknown_keys(config_class: type[PreTrainedConfig], overrides: Mappin
     known = {field.name for field in dataclasses.fields(config_class) if not field.name.startswith("_")}
     known |= set(config_class.attribute_map) | {"model_type"}
     if "rope_parameters" in known:
-        known |= _LEGACY_ROPE_NAMES
+        known |= set(_LEGACY_ROPE_NAMES)
     problems = []
     for key in overrides:
         if key not in known:
@@ -144,9 +150,56 @@ def _refuse_unknown_keys(config_class: type[PreTrainedConfig], overrides: Mappin
         raise ConfigError(problems)
 
 
+def _refuse_untaken(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
+    """A setting that another one switches off, as `use_sliding_window` does `sliding_window` in Qwen 2."""
+    names, taken = overrides.keys() - {"model_type", "dtype", *_LEGACY_ROPE_NAMES}, config.to_dict()
+    plain = {name: overrides[name] for name in sorted(names) if isinstance(overrides[name], bool | int | float | str)}
+    problems = [
+        Problem(f"model.config.{name}", f"{value!r} has no effect: by its other settings the model has {found!r}")
+        for name, value in plain.items()
+        if (found := taken.get(config.attribute_map.get(name, name), value)) != value
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _with_own_rope(own: Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`overrides` with their rotary settings as whole `rope_parameters`; what they leave open is the model's own.
+
+    transformers would pass over a `rope_theta` beside the `rope_parameters` that every saved model has, and give new
+    ones without a `rope_theta` its own default, not the model's.
+
+    Raises:
+        ConfigError: one setting for a model that has several.
+    """
+    given = [key for key in ("rope_parameters", *_LEGACY_ROPE_NAMES) if key in overrides]
+    if not own or not given:
+        return dict(overrides)
+    changed = {key: value for key, value in overrides.items() if key not in given}
+    wanted = overrides.get("rope_scaling" if "rope_scaling" in given else "rope_parameters", own)
+    kinds = {kind: settings for kind, settings in own.items() if isinstance(settings, Mapping)}
+    if kinds:
+        if given != ["rope_parameters"] or not isinstance(wanted, Mapping) or not set(wanted) <= set(own):
+            message = f"the model has rotary settings for {' and '.join(kinds)} apart"
+            example = f"{{{next(iter(kinds))}: {{rope_type: default, rope_theta: 1000000.0}}}}"
+            raise _problem(given[-1], message, f"set model.config.rope_parameters, for example {example}")
+        filled = {kind: _filled(wanted.get(kind, settings), settings) for kind, settings in kinds.items()}
+        return {**changed, "rope_parameters": {**own, **filled}}
+    rope = _filled(wanted, own)
+    if "rope_theta" in given:
+        rope["rope_theta"] = overrides["rope_theta"]
+    return {**changed, "rope_parameters": rope}
+
+
+def _filled(wanted: Mapping[str, Any] | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """`wanted`, or no scaling where it is None, with the rotary base and share of the model's own."""
+    kept = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    return {**kept, **({"rope_type": "default"} if wanted is None else wanted)}
+
+
 def _construct(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
     try:
-        return config_class(**values)
+        return config_class(**copy.deepcopy(dict(values)))  # it writes into the dicts that it is given
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())
         raise ConfigError([Problem(key="model.config", message=f"transformers refuses it: {text}")]) from error

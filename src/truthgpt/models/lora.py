@@ -27,6 +27,7 @@ from truthgpt.models.added_tokens import add_saved_rows, add_token_rows
 from truthgpt.models.dora_linear import DoraLinear
 from truthgpt.models.quantized_base import is_quantized
 from truthgpt.models.trained_weights import adapter_weights, load_adapter_weights
+from truthgpt.runtime.flops import matrix_weights
 from truthgpt.runtime.seeds import derive_seed
 
 ALL_LINEAR = "all-linear"
@@ -64,7 +65,7 @@ def require_peft() -> None:
         raise ConfigError([Problem(key="model.lora.enabled", message=message, suggestion=hint)]) from error
 
 
-def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str | None, seed: int) -> None:
+def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str | None, seed: int) -> list[str]:
     """Freeze `model` and put untrained adapters on its linear layers, in place; they change no output yet.
 
     The adapters' weights are float32 whatever the base is in, and depend on `settings` and `seed` only.
@@ -72,18 +73,27 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str | Non
     Args:
         base: where the base's weights can be loaded from, for whoever loads the adapters; None: nowhere yet.
 
+    Returns:
+        Full names of the layers that `all-linear` leaves out, since peft would not load their adapters again.
+
     Raises:
         ConfigError: a target that the model has not, or one that peft cannot adapt.
     """
     from peft import LoraConfig
 
+    targets = _targets(model, settings.target_modules)
+    taken_for_experts = _taken_for_experts(model, targets)
+    if taken_for_experts and list(settings.target_modules) != [ALL_LINEAR]:
+        kind, names = type(model).__name__, ", ".join(sorted({name.rpartition(".")[2] for name in taken_for_experts}))
+        message = f"peft takes {names} of {kind} for its stacked experts, which are not adapted"
+        raise ConfigError([Problem(key=_TARGETS, message=message, suggestion="leave them out")])
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         use_rslora=settings.method == "rslora",
         use_dora=settings.method == "dora",
-        target_modules=_targets(model, settings.target_modules),
+        target_modules=[name for name in targets if name not in taken_for_experts],
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
@@ -92,8 +102,8 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str | Non
         try:
             _inject(model, config)
         except ValueError as error:
-            message = f"peft cannot adapt this model: {' '.join(str(error).split())}"
-            raise ConfigError([Problem(key=_TARGETS, message=message, suggestion="list other layers")]) from error
+            raise _not_adaptable(error) from error
+    return taken_for_experts
 
 
 def add_tokens(model: PreTrainedModel, added: int) -> None:
@@ -106,10 +116,14 @@ def add_tokens(model: PreTrainedModel, added: int) -> None:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers, the output head left out."""
+    """Full names of the linear layers that text goes through: not those of a tower for images, nor the output head."""
     head = model.get_output_embeddings()
+    of_several_parts = model.config.get_text_config() is not model.config
+    decoder = set((model.get_decoder() if of_several_parts else model).modules())
     return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+        name
+        for name, module in model.named_modules()
+        if module in decoder and module is not head and _is_linear(module)
     ]
 
 
@@ -219,6 +233,50 @@ def _targets(model: PreTrainedModel, endings: Sequence[str]) -> list[str]:
     if problems:
         raise ConfigError(problems)
     return [name for name in names if name in found]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether `module` computes a product alone. A class of transformers' own that derives from nn.Linear may do more:
+    a router gives scores and the experts that it chose."""
+    if type(module) in (nn.Linear, Conv1D) or is_quantized(module):
+        return True
+    if not isinstance(module, nn.Linear):
+        return isinstance(module, Conv1D)
+    weight = module.weight
+    try:
+        with torch.no_grad():
+            product = module(torch.zeros((1, module.in_features), dtype=weight.dtype, device=weight.device))
+    except RuntimeError:  # it takes its input apart
+        return False
+    return isinstance(product, torch.Tensor) and product.shape == (1, module.out_features)
+
+
+def _taken_for_experts(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Those of `targets` that peft would not adapt, but the stacked experts in their place.
+
+    In families whose experts were linear layers before transformers 5, peft takes the experts' names (`gate_proj`) for
+    the stacks wherever they stand, in dense layers and shared experts too, and when it loads adapters. Seen on a model
+    without storage.
+    """
+    if not any(experts > 1 for _, experts in matrix_weights(model)):
+        return []
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whatever peft says of the trial, it says of the model
+        trial = type(model)(model.config)
+        try:
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=list(targets)), trial)
+        except ValueError as error:
+            raise _not_adaptable(error) from error
+    plain = {name for name, layer in trial.named_modules() if isinstance(layer, LoraLayer) and _kind(layer) is not None}
+    return [name for name in targets if name not in plain]
+
+
+def _not_adaptable(error: ValueError) -> ConfigError:
+    message = f"peft cannot adapt this model: {' '.join(str(error).split())}"
+    return ConfigError([Problem(key=_TARGETS, message=message, suggestion="list other layers")])
 
 
 def _inject(model: PreTrainedModel, config: Any) -> None:
