@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.process import Cli, Finished
-from tests.sample_data import write_sources
+from tests.sample_data import CHAT_TEMPLATE, write_sources
 from tests.test_build import small_config
 
 SHORT = ("training.max_steps=10", "training.eval_interval=5")
@@ -140,6 +140,21 @@ def test_next_is_what_can_be_typed(base: Cli, fraction: str, named: bool) -> Non
         finished = train(base, *SHORT, f"data.validation_fraction={fraction}", *resume)
         _, _, commands = finished.stderr.partition("Next:")
         assert "truthgpt generate runs/t" in commands and ("truthgpt eval runs/t" in commands) is named
+
+
+def test_next_for_a_model_of_chats_is_to_talk_with_it(base: Cli) -> None:
+    turns = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    (base.folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 40)
+    common = (f"data.chat_template={json.dumps(CHAT_TEMPLATE)}", "data.validation_fraction=0", "training.max_steps=1")
+    alone = ("data.source=jsonl", "data.path=chats.jsonl", "data.format=chat")
+    mixed = (
+        "data={sources: [{source: jsonl, path: chats.jsonl, format: chat}, {source: text, path: corpus.txt}]}",
+        "data.max_seq_len=32",
+    )
+    for data in (alone, mixed):
+        finished = train(base, *data, *common, "--overwrite")
+        _, _, commands = finished.stderr.partition("Next:")
+        assert "truthgpt chat runs/t " in commands and "truthgpt generate" not in commands
 
 
 def test_resume_without_checkpoints_says_so(base: Cli) -> None:

@@ -202,7 +202,10 @@ def _say_next(config: Config, run: RunDirectory) -> None:
     commands = {}
     if config.model.task == "causal_lm":
         prompt = config.generate.prompts[0] if config.generate.prompts else "Once upon a time"
-        commands[f"truthgpt generate {folder} --prompt {shlex.quote(prompt)}"] = "write with the model"
+        if "chat" in (config.data.format, *(source.format for source in config.data.sources)):
+            commands[f"truthgpt chat {folder}"] = "talk with the model; also: demo, serve"
+        else:
+            commands[f"truthgpt generate {folder} --prompt {shlex.quote(prompt)}"] = "write with the model"
     if (run.read_status() or {}).get("best_metric") is not None:  # something was held out
         commands[f"truthgpt eval {folder}"] = "its metrics on the validation split"
     commands[f"truthgpt runs list {shlex.quote(str(Path(config.run_directory).parent))}"] = "all runs"
