@@ -13,6 +13,7 @@ from truthgpt.cli import app as cli
 from truthgpt.cli.components import loaded_plugins
 from truthgpt.errors import CheckpointError, DataError, RunDirectoryError, TruthGPTError
 from truthgpt.factories.catalog import REGISTRIES
+from truthgpt.version import __version__
 
 
 def exit_code(*arguments: str) -> int:
@@ -45,6 +46,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"\n  {name} " in text for name in ("validate", "schema", "init", "components"))
     assert exit_code("validate", "--help") == 0
     assert "--plugin MODULE" in capsys.readouterr().out
+
+
+def test_help_says_the_whole_of_what_a_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, end in ((["--help"], "other data, or tasks."), (["benchmark", "--help"], "and keep nothing.")):
+        assert exit_code(*arguments) == 0
+        text = " ".join(capsys.readouterr().out.partition("Commands:")[2].split())
+        assert "..." not in text and end in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"truthgpt {__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["no-such-command"], ["validate", "--no-such-option"], ["--plugin"]])
