@@ -174,7 +174,7 @@ def test_installed_plugins_are_loaded_and_a_broken_one_is_left_out(tmp_path: Pat
     assert result.stderr == "warning: installed plugin broken (not_there) is left out: No module named 'not_there'\n"
 
 
-@pytest.mark.parametrize("option", ["--max_steps", "--training.max_steps=3"])
+@pytest.mark.parametrize("option", ["--max_steps", "--training.max_steps=3", "--epochs", "--lr"])
 def test_a_key_given_as_an_option_is_told_how_to_set_it(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("validate", "debug", option, "3") == 2
     assert capsys.readouterr().err.startswith(f"error: {option.partition('=')[0]} is no option; a key is set without")
@@ -182,6 +182,8 @@ def test_a_key_given_as_an_option_is_told_how_to_set_it(option: str, capsys: pyt
     assert exit_code("generate", "no_such_run", "--prompt", "--a_b", "--prompt", "train") == 4
     assert exit_code("--debug", "benchmark", "train", "debug", option, "3") == 2
     assert "is no option; a key is set without" in capsys.readouterr().err
+    assert exit_code("train", "debug", "--resum", "auto") == 2
+    assert "--resume" in capsys.readouterr().err  # nearly an option
 
 
 def test_global_options_stop_at_the_double_dash() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import sys
 from collections.abc import Sequence
@@ -52,9 +53,9 @@ class _Commands(_Listed):
     """The commands; an interrupt ends any of them with the exit code of a preempted run."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, _, rest = found = super().resolve_command(ctx, args)
+        name, command, rest = found = super().resolve_command(ctx, args)
         if name in _TAKE_KEYS:
-            _refuse_keys_as_options(rest)
+            _refuse_keys_as_options(rest, _options_of(command))
         return found
 
     def invoke(self, ctx: Any) -> Any:
@@ -154,11 +155,19 @@ def _global_first(arguments: Sequence[str]) -> list[str]:
     return [*first, *rest]
 
 
-def _refuse_keys_as_options(arguments: Sequence[str]) -> None:
-    """Raise ConfigError for a key given as an option: no option has an underscore or a dot, but most keys do."""
+def _options_of(command: Any) -> list[str]:
+    """The options of a command, or of all commands of a group."""
+    commands = (command, *getattr(command, "commands", {}).values())
+    return ["--help", *(name for one in commands for each in one.params for name in (*each.opts, *each.secondary_opts))]
+
+
+def _refuse_keys_as_options(arguments: Sequence[str], options: Sequence[str]) -> None:
+    """Raise ConfigError for a key given as an option: no option has an underscore or a dot, but most keys do; what else
+    is not even nearly an option was meant as a key too."""
     for argument in arguments[: arguments.index("--") if "--" in arguments else None]:
         name = argument.partition("=")[0]
-        if name.startswith("--") and ("_" in name or "." in name):
+        key = "_" in name or "." in name
+        if name.startswith("--") and (key or not difflib.get_close_matches(name, options, n=1, cutoff=0.75)):
             raise ConfigError(f"{name} is no option; a key is set without dashes, such as training.max_steps=100")
 
 
