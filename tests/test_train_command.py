@@ -404,6 +404,7 @@ def test_python_says_the_same(tmp_path: Path) -> None:
     """The five lines of the documentation, without the command line."""
     import truthgpt
 
+    assert set(truthgpt.__all__) <= set(dir(truthgpt)), "what an interactive Python completes"
     torch.set_num_threads(1)
     config = small_config(tmp_path, *SHORT)
     components = truthgpt.build_components(config)
