@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +158,20 @@ def test_next_for_a_model_of_chats_is_to_talk_with_it(base: Cli) -> None:
         finished = train(base, *data, *common, "--overwrite")
         _, _, commands = finished.stderr.partition("Next:")
         assert "truthgpt chat runs/t " in commands and "truthgpt generate" not in commands
+
+
+def test_next_can_be_typed_where_no_environment_is_activated(base: Cli) -> None:
+    """`make train` calls the program by its path, which is not among those the shell looks through."""
+    program = base.folder / "my env/truthgpt"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom truthgpt.cli.start import main\nmain()\n")
+    program.chmod(0o755)
+    for path, name in (("/usr/bin:/bin", "'my env/truthgpt'"), (f"{program.parent}:/usr/bin:/bin", "truthgpt")):
+        command = ["my env/truthgpt", "train", "base.yaml", "training.max_steps=1", "--overwrite"]
+        finished = subprocess.run(
+            command, cwd=base.folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
+        )
+        assert f"\n  {name} generate runs/t" in finished.stderr, finished.stderr
 
 
 def test_resume_without_checkpoints_says_so(base: Cli) -> None:
