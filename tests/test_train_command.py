@@ -148,16 +148,17 @@ def test_next_is_what_can_be_typed(base: Cli, fraction: str, named: bool) -> Non
 def test_next_for_a_model_of_chats_is_to_talk_with_it(base: Cli) -> None:
     turns = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
     (base.folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 40)
-    common = (f"data.chat_template={json.dumps(CHAT_TEMPLATE)}", "data.validation_fraction=0", "training.max_steps=1")
+    common = (f"data.chat_template={json.dumps(CHAT_TEMPLATE)}", "data.validation_fraction=0")
     alone = ("data.source=jsonl", "data.path=chats.jsonl", "data.format=chat")
     mixed = (
         "data={sources: [{source: jsonl, path: chats.jsonl, format: chat}, {source: text, path: corpus.txt}]}",
         "data.max_seq_len=32",
     )
     for data in (alone, mixed):
-        finished = train(base, *data, *common, "--overwrite")
+        finished = train(base, *data, *common, "data.packing=false", "training.max_steps=1", "--overwrite")
         _, _, commands = finished.stderr.partition("Next:")
         assert "truthgpt chat runs/t " in commands and "truthgpt generate" not in commands
+        assert "1 steps of up to 256 tokens" in finished.stderr  # rows are padded here
 
 
 def test_next_can_be_typed_where_no_environment_is_activated(base: Cli) -> None:
