@@ -220,6 +220,33 @@ def test_what_is_packed(tmp_path: Path, overrides: tuple[str, ...], packed: bool
     assert components.task.fixed_shapes == (packed or not overrides)
 
 
+MARKED_ANSWER = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+IM_END = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "train_on", "warned"),
+    [
+        (IM_END, "assistant", True),
+        (IM_END, "all", False),  # then the letters are trained too
+        (IM_END.replace("<|im_end|>", "{{ eos_token }}"), "assistant", False),
+        (IM_END.replace("{{ m.content }}<|im_end|>", MARKED_ANSWER), "assistant", False),
+    ],
+    ids=("letters", "all is trained", "a token", "marks"),
+)
+def test_answers_without_a_trained_end_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str, train_on: str, warned: bool
+) -> None:
+    """A base model's tokenizer has no `<|im_end|>`: nothing would tell the model where to stop."""
+    turns = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 20)
+    chats = ("data.source=jsonl", f"data.path={tmp_path / 'chats.jsonl'}", "data.format=chat")
+    shape = ("data.max_seq_len=64", "data.validation_fraction=0")
+    with caplog.at_level(logging.WARNING, "truthgpt"):
+        build(tmp_path, *chats, *shape, f"data.train_on={train_on}", f"data.chat_template={json.dumps(template)}")
+    assert ("puts '<|im_end|>' behind an answer, which is no token of the tokenizer" in caplog.text) == warned
+
+
 def test_auto_pads_where_packing_fills_less(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Samples of more than half a row cannot share one."""
     rows = [{"text": f"{number:02} is a row of twenty-one"} for number in range(40)]

@@ -203,9 +203,20 @@ def test_lora_fast_trains_end_to_end(cli: Cli) -> None:
 def test_relative_links_resolve(page: Path) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
-    targets = [target for target in LINK.findall(prose) if not re.match(r"[a-z]+:|#", target)]
-    missing = [target for target in targets if not (ROOT / page.parent / target.partition("#")[0]).exists()]
+    missing = []
+    for target in LINK.findall(prose):
+        name, _, anchor = target.partition("#")
+        file = ROOT / page.parent / name if name else ROOT / page
+        if not re.match("[a-z]+:", target) and not (file.exists() and (not anchor or anchor in anchors_of(file))):
+            missing.append(target)
     assert missing == []
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What a page's headings are linked by: lower case, hyphens for spaces, punctuation left out."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_paths_in_prose_exist() -> None:

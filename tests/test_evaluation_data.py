@@ -149,6 +149,22 @@ def test_another_chat_template_is_used(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "path", "source"),
+    [
+        ("runs/t", "rows.jsonl", "jsonl"),
+        ("runs/t", "rows-0.parquet", "hf"),
+        ("runs/t", "other.txt", "text"),
+        ("runs/chat", "chats.jsonl", "jsonl"),
+    ],
+)
+def test_rows_are_not_read_as_text(cli: Cli, target: str, path: str, source: str) -> None:
+    """A run on text is evaluated on the texts of rows, not on their braces."""
+    config = evaluation_data(Path(target), None, [f"data.path={path}"]).config.data
+    assert config.source.type == source and config.validation_path == [path]
+    assert evaluation_data(Path(target), None, [f"data.path={path}", f"data.source={source}"]).config.data == config
+
+
+@pytest.mark.parametrize(
     ("path", "source"),
     [("other.txt", "text"), ("rows.jsonl", "jsonl"), ("rows.jsonl.gz", "jsonl"), ("rows-0.parquet", "hf")],
 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.process import Cli, Finished
-from tests.sample_data import write_sources
+from tests.sample_data import CHAT_TEMPLATE, write_sources
 from tests.test_build import small_config
 
 SHORT = ("training.max_steps=10", "training.eval_interval=5")
@@ -140,6 +143,36 @@ def test_next_is_what_can_be_typed(base: Cli, fraction: str, named: bool) -> Non
         finished = train(base, *SHORT, f"data.validation_fraction={fraction}", *resume)
         _, _, commands = finished.stderr.partition("Next:")
         assert "truthgpt generate runs/t" in commands and ("truthgpt eval runs/t" in commands) is named
+
+
+def test_next_for_a_model_of_chats_is_to_talk_with_it(base: Cli) -> None:
+    turns = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    (base.folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 40)
+    common = (f"data.chat_template={json.dumps(CHAT_TEMPLATE)}", "data.validation_fraction=0")
+    alone = ("data.source=jsonl", "data.path=chats.jsonl", "data.format=chat")
+    mixed = (
+        "data={sources: [{source: jsonl, path: chats.jsonl, format: chat}, {source: text, path: corpus.txt}]}",
+        "data.max_seq_len=32",
+    )
+    for data in (alone, mixed):
+        finished = train(base, *data, *common, "data.packing=false", "training.max_steps=1", "--overwrite")
+        _, _, commands = finished.stderr.partition("Next:")
+        assert "truthgpt chat runs/t " in commands and "truthgpt generate" not in commands
+        assert "1 steps of up to 256 tokens" in finished.stderr  # rows are padded here
+
+
+def test_next_can_be_typed_where_no_environment_is_activated(base: Cli) -> None:
+    """`make train` calls the program by its path, which is not among those the shell looks through."""
+    program = base.folder / "my env/truthgpt"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom truthgpt.cli.start import main\nmain()\n")
+    program.chmod(0o755)
+    for path, name in (("/usr/bin:/bin", "'my env/truthgpt'"), (f"{program.parent}:/usr/bin:/bin", "truthgpt")):
+        command = ["my env/truthgpt", "train", "base.yaml", "training.max_steps=1", "--overwrite"]
+        finished = subprocess.run(
+            command, cwd=base.folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
+        )
+        assert f"\n  {name} generate runs/t" in finished.stderr, finished.stderr
 
 
 def test_resume_without_checkpoints_says_so(base: Cli) -> None:
@@ -389,6 +422,7 @@ def test_python_says_the_same(tmp_path: Path) -> None:
     """The five lines of the documentation, without the command line."""
     import truthgpt
 
+    assert set(truthgpt.__all__) <= set(dir(truthgpt)), "what an interactive Python completes"
     torch.set_num_threads(1)
     config = small_config(tmp_path, *SHORT)
     components = truthgpt.build_components(config)

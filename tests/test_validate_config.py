@@ -173,6 +173,7 @@ def test_wrong_values(override: str, message: str, suggestion: str | None) -> No
     ("key", "suggestion"),
     [
         ("training.log_intervall", "did you mean log_interval?"),
+        ("training.batch_sze", "did you mean batch_size?"),  # a second name is a name
         ("model.tokeniser", "did you mean tokenizer?"),
         ("modell", "did you mean model?"),
         ("training.max_seq_len", "did you mean data.max_seq_len?"),  # nearer than training.max_steps
@@ -198,7 +199,7 @@ def test_names_of_other_trainers_are_answered_with_ours(name: str) -> None:
     assert mistake(f"training.{name}=1").suggestion == f"here this is {ours}"
     section: Any = Config().model_dump()
     for part in ours.split("."):
-        if (part, section.get("type")) == ("betas", "adamw"):
+        if part in ("betas", "eps") and section.get("type") == "adamw":
             break
         section = section[part]
 

@@ -56,6 +56,10 @@ class _Package(types.ModuleType):
             raise AttributeError(f"module 'truthgpt' has no attribute {name!r}")
         return getattr(importlib.import_module(_HOMES[name]), name)
 
+    def __dir__(self) -> list[str]:
+        """The public names too, for the completion of an interactive Python."""
+        return sorted({*super().__dir__(), *_HOMES})
+
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)

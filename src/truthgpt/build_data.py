@@ -23,7 +23,7 @@ from truthgpt.data.base import (
     TrainLoader,
 )
 from truthgpt.data.batch_order import BucketedOrder, MixedOrder, ShuffledOrder, SourceShare, sample_weights
-from truthgpt.data.chat import load_chat_template
+from truthgpt.data.chat import MARK, load_chat_template
 from truthgpt.data.loader import EvalLoader, GlobalBatchLoader, WorkerSettings
 from truthgpt.data.packing import PackedDataset, compare_filling
 from truthgpt.data.samples import BlockDataset, ConcatenatedDataset, RowDataset
@@ -35,6 +35,7 @@ from truthgpt.data.token_store import TokenStore, default_cache_dir, tokenize_do
 from truthgpt.data.tokenization import DocumentEncoder
 from truthgpt.factories.collate import COLLATORS
 from truthgpt.factories.registry import accepts
+from truthgpt.inference.turn_end import turn_end
 from truthgpt.memory.base import MemoryPlan
 from truthgpt.models.tokenizer import byte_tokenizer, load_tokenizer, saved_tokenizer, train_bpe_tokenizer
 from truthgpt.runtime.device import cap_workers, usable_cores
@@ -66,7 +67,22 @@ def build_tokenizer(config: Config, data: TextData) -> PreTrainedTokenizerFast:
     tokenizer = _tokenizer(config, data)
     if config.data.chat_template is not None:
         tokenizer.chat_template = load_chat_template(config.data.chat_template)
+    if "assistant" in (config.data.train_on, *(source.train_on for source in config.data.sources)):
+        _warn_of_untrained_end(tokenizer)
     return tokenizer
+
+
+def _warn_of_untrained_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Say when mere letters follow an answer in the template, as in ChatML with the tokenizer of a base model: they
+    are not trained, and the model writes on where it should stop. Marks in the template decide for themselves."""
+    written = turn_end(tokenizer).text
+    if written and written not in tokenizer.get_added_vocab() and not MARK.search(str(tokenizer.chat_template)):
+        logger.warning(
+            "the chat template puts %r behind an answer, which is no token of the tokenizer and so is not trained: the "
+            "model does not learn where to stop; give a tokenizer that has it (model.tokenizer.path, see docs/lora.md, "
+            "New tokens), or a template that puts {{ eos_token }} there",
+            written.split("\n")[0][:40],
+        )
 
 
 def tokenize_text(data: TextData, tokenizer: PreTrainedTokenizerFast) -> TokenizedText:

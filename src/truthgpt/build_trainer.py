@@ -247,6 +247,7 @@ def _facts(config: Config, components: Components, run: RunDirectory) -> dict[st
         "parameters": total,
         "trainable_parameters": trainable,
         "tokens_per_step": components.task.tokens_per_step,
+        "full_steps": components.task.fixed_shapes,
         "unit": components.task.unit,
         "config": config.model_dump(mode="json"),
     }

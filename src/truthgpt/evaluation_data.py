@@ -23,7 +23,7 @@ _NAMES_DATA = {"source", "sources", "dataset", "subset", "split", "path"}
 _PLACES = ("dataset", "subset", "split", "path")
 """Keys that say where the documents of a source are."""
 _HELD_OUT = ("validation_path", "validation_split", "validation_fraction")
-_ENDINGS = {"jsonl": (".jsonl", ".json"), "hf": (".parquet", ".csv", ".arrow"), "webdataset": (".tar",)}
+_ENDINGS = {"jsonl": (".jsonl", ".json"), "hf": (".parquet", ".csv", ".tsv", ".arrow"), "webdataset": (".tar",)}
 
 
 @dataclass(frozen=True)
@@ -144,15 +144,18 @@ def _renamed(given: dict[str, Any], named: set[str]) -> dict[str, Any]:
 
 
 def _choose_source(data: dict[str, Any], named: set[str]) -> None:
-    """A source that reads the path that is named: the base's, or else by its ending."""
+    """A source that reads the path that is named: the base's, or else by its ending. `text` reads any file, rows with
+    their braces and names too, so a file of rows is not for it."""
     entry = DATASETS.entry(_type(data)) if _type(data) in DATASETS else None
     if "dataset" in named:
         data["source"] = "hf"
-    elif "path" in named and entry is not None and not reads(entry, "path"):
+    elif "path" in named and entry is not None:
         first = data["path"][0] if isinstance(data["path"], list) and data["path"] else data["path"]
         name = str(first).removesuffix(".gz").removesuffix(".zst")
-        data["source"] = next((source for source, ends in _ENDINGS.items() if name.endswith(ends)), "text")
-        logger.info("data.source is %s, by the name of %s", data["source"], first)
+        by_ending = next((source for source, ends in _ENDINGS.items() if name.endswith(ends)), "text")
+        if not reads(entry, "path") or _type(data) == "text" != by_ending:
+            data["source"] = by_ending
+            logger.info("data.source is %s, by the name of %s", by_ending, first)
 
 
 def _forget_other_source(data: dict[str, Any], named: set[str]) -> None:

@@ -302,9 +302,10 @@ def _nearest(name: str, parent: KeyPath, allowed: list[str]) -> tuple[str | None
     if name in keys and len(keys[name]) <= 2:
         return keys[name][0], f"did you mean {' or '.join(keys[name])}?"
     name = name[:80]
-    for choice in difflib.get_close_matches(name, allowed, n=1):
+    second = {alias.split(".")[-1] for alias in ALIASES if tuple(alias.split(".")[:-1]) == parent}
+    for choice in difflib.get_close_matches(name, [*allowed, *second], n=1):
         key = dotted((*parent, choice))
-        return key, f"did you mean {choice}?"
+        return ALIASES.get(key, key), f"did you mean {choice}?"
     for choice in difflib.get_close_matches(name, keys, n=1, cutoff=0.8):
         return keys[choice][0], f"did you mean {' or '.join(keys[choice][:2])}?"
     return None, None

@@ -21,6 +21,7 @@ def start_facts(folder: Path, resumed_step: int = 0, max_steps: int = 1100) -> d
         "trainable_parameters": 1_064_320,
         "resumed_step": resumed_step,
         "tokens_per_step": 1024,
+        "full_steps": True,
         "unit": "tokens",
         "config": {"eval": {"select_best_by": "ppl"}, "seed": 7},
     }

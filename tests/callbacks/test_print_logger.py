@@ -55,6 +55,8 @@ def test_what_is_not_always_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert start_line(facts) == (
         "small: 1.06M parameters (4.10k trained), cpu fp32, 1,100 steps, resumed after step 200, in runs/small"
     )
+    padded = {**start_facts(tmp_path), "full_steps": False}
+    assert "1,100 steps of up to 1,024 tokens, in" in start_line(padded)
     row = {**log_row(5, loss=float("nan")), "mfu": 0.4567, "peak_memory_bytes": 3 * 2**30, "skipped_steps": 2}
     assert log_figures(row, "0:01 eta 0:02", "images").endswith("mfu 45.7%  3.0 GiB  2 skipped")
     assert " tok/s " in log_figures(row, "", "tokens") and " images/s " in log_figures(row, "", "images")

@@ -13,6 +13,7 @@ from truthgpt.cli import app as cli
 from truthgpt.cli.components import loaded_plugins
 from truthgpt.errors import CheckpointError, DataError, RunDirectoryError, TruthGPTError
 from truthgpt.factories.catalog import REGISTRIES
+from truthgpt.version import __version__
 
 
 def exit_code(*arguments: str) -> int:
@@ -45,6 +46,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"\n  {name} " in text for name in ("validate", "schema", "init", "components"))
     assert exit_code("validate", "--help") == 0
     assert "--plugin MODULE" in capsys.readouterr().out
+
+
+def test_help_says_the_whole_of_what_a_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, end in ((["--help"], "other data, or tasks."), (["benchmark", "--help"], "and keep nothing.")):
+        assert exit_code(*arguments) == 0
+        text = " ".join(capsys.readouterr().out.partition("Commands:")[2].split())
+        assert "..." not in text and end in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"truthgpt {__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["no-such-command"], ["validate", "--no-such-option"], ["--plugin"]])
@@ -161,7 +174,7 @@ def test_installed_plugins_are_loaded_and_a_broken_one_is_left_out(tmp_path: Pat
     assert result.stderr == "warning: installed plugin broken (not_there) is left out: No module named 'not_there'\n"
 
 
-@pytest.mark.parametrize("option", ["--max_steps", "--training.max_steps=3"])
+@pytest.mark.parametrize("option", ["--max_steps", "--training.max_steps=3", "--epochs", "--lr"])
 def test_a_key_given_as_an_option_is_told_how_to_set_it(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("validate", "debug", option, "3") == 2
     assert capsys.readouterr().err.startswith(f"error: {option.partition('=')[0]} is no option; a key is set without")
@@ -169,6 +182,8 @@ def test_a_key_given_as_an_option_is_told_how_to_set_it(option: str, capsys: pyt
     assert exit_code("generate", "no_such_run", "--prompt", "--a_b", "--prompt", "train") == 4
     assert exit_code("--debug", "benchmark", "train", "debug", option, "3") == 2
     assert "is no option; a key is set without" in capsys.readouterr().err
+    assert exit_code("train", "debug", "--resum", "auto") == 2
+    assert "--resume" in capsys.readouterr().err  # nearly an option
 
 
 def test_global_options_stop_at_the_double_dash() -> None:

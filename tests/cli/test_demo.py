@@ -113,7 +113,7 @@ def test_the_browser_gets_the_address(
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(demo_module.webbrowser, "open", urls.append)
     monkeypatch.setattr(demo_module.threading, "Thread", AtOnce)
-    monkeypatch.setattr(demo_module, "run_model_server", lambda *given: given[3]("http://127.0.0.1:1", "name"))
+    monkeypatch.setattr(demo_module, "run_model_server", lambda *given: given[3]("http://127.0.0.1:1", "name", False))
     with pytest.raises(SystemExit) as end:
         main(["demo", "run", *arguments])
     assert end.value.code == 0

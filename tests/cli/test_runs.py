@@ -23,6 +23,8 @@ def folder(tmp_path: Path) -> Path:
             MetricsLog(run.metrics).append({"step": 40, "tokens_per_sec": 12345.6})
             MetricsLog(run.metrics).append({"step": 40, "val_loss": 2.0})
     (tmp_path / "torn" / "status.json").write_text('{"sta')
+    (tmp_path / "done" / "config.yaml").write_text("eval: {select_best_by: ppl}\n")
+    (tmp_path / "torn" / "config.yaml").write_text("eval: {select_")
     for name, time in (("done", "2026-01-01T00:00:00Z"), ("dead", "2026-01-02T00:00:00Z")):
         status = tmp_path / name / "status.json"
         status.write_text(json.dumps({**json.loads(status.read_text()), "updated_at": time}))
@@ -39,6 +41,7 @@ def test_the_last_updated_comes_first_and_a_dead_run_is_stopped(folder: Path) ->
         ("torn", "unknown"),
     ]
     assert rows[1]["tokens_per_sec"] == 12345.6
+    assert [row["best_by"] for row in rows] == [None, "ppl", None]
     assert (rows[1]["step"], rows[1]["max_steps"], rows[1]["best_metric"]) == (40, 100, 2.34567)
 
 
@@ -61,10 +64,10 @@ def test_json_is_one_document(folder: Path) -> None:
 def test_the_table_is_aligned(folder: Path) -> None:
     result = CliRunner().invoke(runs_app, ["list", str(folder)])
     assert result.stdout.splitlines() == [
-        "name  state     step    best        tokens/s  updated",
-        "dead  stopped   40/100  2.346 @ 20  12,346    2026-01-02T00:00:00Z",
-        "done  complete  40/100  2.346 @ 20  12,346    2026-01-01T00:00:00Z",
-        "torn  unknown   -       -           12,346    -",
+        "name  state     step    best            tokens/s  updated",
+        "dead  stopped   40/100  2.346 @ 20      12,346    2026-01-02T00:00:00Z",
+        "done  complete  40/100  ppl 2.346 @ 20  12,346    2026-01-01T00:00:00Z",
+        "torn  unknown   -       -               12,346    -",
     ]
 
 

@@ -1,4 +1,5 @@
-"""`truthgpt serve` with an engine that has no model, as a plugin; its folder's name is the model's."""
+"""`truthgpt serve` with an engine that has no model, as a plugin; its folder's name is the model's, and one called
+"chatty" has a chat template."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tests.sample_data import CHAT_TEMPLATE
 from tests.serving.fake_engine import FakeEngine
 
 from truthgpt import serve_model
@@ -21,7 +23,9 @@ def _open_text_model(target: Path, options: Any) -> Iterator[Any]:
     if target.name == "absent":
         raise CheckpointError(f"nothing to load at {target}")
     engine = FakeEngine(target.name, step_s=0.01, context_tokens=None)
-    yield SimpleNamespace(engine=engine, tokenizer=byte_tokenizer())
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE if target.name == "chatty" else None
+    yield SimpleNamespace(engine=engine, tokenizer=tokenizer)
 
 
 serve_model.open_text_model = _open_text_model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -151,9 +153,10 @@ def test_without_its_packages(package: str, monkeypatch: pytest.MonkeyPatch) -> 
 class Served:
     """`truthgpt serve` in a process of its own."""
 
-    def __init__(self, cli: Cli, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, cli: Cli, *options: str, model: str = "tiny", env: dict[str, str] | None = None) -> None:
+        self._model = model
         self.running: Running = cli.start(
-            "--plugin", "tests.plugins.fake_engine", "serve", "runs/tiny", "--port", "0", *options, env=env
+            "--plugin", "tests.plugins.fake_engine", "serve", f"runs/{model}", "--port", "0", *options, env=env
         )
         self._stderr = cli.folder / ".stderr1"
         wait_until(lambda: "curl" in self.stderr, 60)
@@ -166,7 +169,7 @@ class Served:
     @property
     def url(self) -> str:
         """Where it says that it serves."""
-        found = re.search(r"serving tiny at (http://\S+?)/v1; Ctrl-C ends it", self.stderr)
+        found = re.search(rf"serving {self._model} at (http://\S+?)/v1; Ctrl-C ends it", self.stderr)
         assert found, self.stderr
         return found[1]
 
@@ -232,6 +235,18 @@ def _refuses(url: str) -> bool:
     except httpx.ConnectError:
         return True
     return False
+
+
+def test_what_the_command_shows_to_try_works(cli: Cli) -> None:
+    """A model with a chat template is asked through it: the plain beginning of a text is not what it was trained on."""
+    served = Served(cli, model="chatty")
+    command = shlex.split(served.stderr.splitlines()[1])
+    url, body = command[1], json.loads(command[-1])
+    answer = httpx.post(url, json={**body, "max_tokens": 3})
+    os.kill(served.running.pid, signal.SIGINT)
+    assert served.running.wait(30).exit_code == 0
+    assert url == f"{served.url}/v1/chat/completions"
+    assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_the_command_with_a_key(cli: Cli) -> None:

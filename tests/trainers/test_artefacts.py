@@ -47,6 +47,15 @@ def test_weights_and_card(tmp_path: Path, model: GPT2LMHeadModel, safetensors: b
         assert fact in card
 
 
+@pytest.mark.parametrize(("best", "line"), [(97.71468676101013, "30 (best ppl: 97.7147)"), (None, "30")])
+def test_the_best_metric_in_the_card_is_for_people(
+    tmp_path: Path, model: GPT2LMHeadModel, best: float | None, line: str
+) -> None:
+    """Where nothing was held out there is none."""
+    artefacts(tmp_path, model, True).save_weights({"step": 30, "best_metric": best})
+    assert f"- Step: {line}\n" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("safetensors", [True, False])
 def test_weights_in_the_other_format_are_not_left_to_be_read(
     tmp_path: Path, model: GPT2LMHeadModel, safetensors: bool

@@ -162,7 +162,7 @@ def stopped_in_its_evaluation(folder: Path, step: int, *overrides: str) -> None:
         return evaluate(*arguments, **keywords)
 
     trainer.parts.evaluator.run = stop  # type: ignore[method-assign, union-attr]
-    with pytest.raises(Preempted, match=f"after step {step}"):
+    with pytest.raises(Preempted, match=f"after step {step}, and saved; the same command with --resume auto"):
         trainer.train()
 
 

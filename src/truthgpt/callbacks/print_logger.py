@@ -114,7 +114,8 @@ def start_line(info: Mapping[str, Any]) -> str:
         size += f" ({format_count(trainable)} trained)"
     steps = f"{info['max_steps']:,} steps"
     if info["tokens_per_step"] is not None:
-        steps += f" of {info['tokens_per_step']:,} {info['unit']}"
+        at_most = "" if info["full_steps"] else "up to "  # padded rows are as long as the longest of them
+        steps += f" of {at_most}{info['tokens_per_step']:,} {info['unit']}"
     if info["resumed_step"]:
         steps += f", resumed after step {info['resumed_step']:,}"
     precision = "fp32" if info["precision"] == "none" else info["precision"]

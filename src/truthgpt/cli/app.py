@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from truthgpt.cli.serve import serve
 from truthgpt.cli.train import train
 from truthgpt.cli.validate import validate
 from truthgpt.errors import EXIT_PREEMPTED, ConfigError, Preempted, TruthGPTError
+from truthgpt.version import __version__
 
 _EVERYWHERE = "Everywhere: --plugin MODULE loads a module that registers components; --debug shows tracebacks."
 
@@ -38,13 +40,22 @@ _OUT_OF_REACH = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
 """What a path that was given can be, at the first look at it: not a bug."""
 
 
-class _Commands(TyperGroup):
+class _Listed(TyperGroup):
+    """Commands that `--help` lists with the whole of what they do; Click cuts it after one line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows = [(name, " ".join((self.commands[name].help or "").split())) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class _Commands(_Listed):
     """The commands; an interrupt ends any of them with the exit code of a preempted run."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, _, rest = found = super().resolve_command(ctx, args)
+        name, command, rest = found = super().resolve_command(ctx, args)
         if name in _TAKE_KEYS:
-            _refuse_keys_as_options(rest)
+            _refuse_keys_as_options(rest, _options_of(command))
         return found
 
     def invoke(self, ctx: Any) -> Any:
@@ -67,6 +78,12 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"truthgpt {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _global_options(
     plugin: Annotated[
@@ -74,6 +91,9 @@ def _global_options(
         typer.Option("--plugin", metavar="MODULE", help="Load a module that registers components; repeatable."),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     load_installed_plugins()
     load_plugins(plugin or [])
@@ -93,8 +113,8 @@ app.command(epilog=_EVERYWHERE)(serve)
 app.command(epilog=_EVERYWHERE)(demo)
 app.command(epilog=_EVERYWHERE)(chat)
 app.command(epilog=_EVERYWHERE)(export)
-app.add_typer(runs_app, name="runs", epilog=_EVERYWHERE)
-app.add_typer(benchmark_app, name="benchmark", epilog=_EVERYWHERE)
+app.add_typer(runs_app, name="runs", cls=_Listed, epilog=_EVERYWHERE)
+app.add_typer(benchmark_app, name="benchmark", cls=_Listed, epilog=_EVERYWHERE)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,11 +155,19 @@ def _global_first(arguments: Sequence[str]) -> list[str]:
     return [*first, *rest]
 
 
-def _refuse_keys_as_options(arguments: Sequence[str]) -> None:
-    """Raise ConfigError for a key given as an option: no option has an underscore or a dot, but most keys do."""
+def _options_of(command: Any) -> list[str]:
+    """The options of a command, or of all commands of a group."""
+    commands = (command, *getattr(command, "commands", {}).values())
+    return ["--help", *(name for one in commands for each in one.params for name in (*each.opts, *each.secondary_opts))]
+
+
+def _refuse_keys_as_options(arguments: Sequence[str], options: Sequence[str]) -> None:
+    """Raise ConfigError for a key given as an option: no option has an underscore or a dot, but most keys do; what else
+    is not even nearly an option was meant as a key too."""
     for argument in arguments[: arguments.index("--") if "--" in arguments else None]:
         name = argument.partition("=")[0]
-        if name.startswith("--") and ("_" in name or "." in name):
+        key = "_" in name or "." in name
+        if name.startswith("--") and (key or not difflib.get_close_matches(name, options, n=1, cutoff=0.75)):
             raise ConfigError(f"{name} is no option; a key is set without dashes, such as training.max_steps=100")
 
 

@@ -37,7 +37,7 @@ def demo(
 
     opens = browser and has_display()
 
-    def on_ready(url: str, model_name: str) -> None:
+    def on_ready(url: str, model_name: str, chats: bool) -> None:
         say(f"{model_name} is at {url}; Ctrl-C ends it")
         if opens:
             # In a thread: some browsers return only when they are closed.

@@ -23,13 +23,14 @@ def run_model_server(
     target: Path,
     model_options: ServingOptions,
     options: ServerOptions,
-    on_ready: Callable[[str, str], None],
+    on_ready: Callable[[str, str, bool], None],
     make_routes: Callable[[TextModel], Sequence[BaseRoute]] = lambda model: (),
 ) -> None:
     """Serve what `target` names until a signal; see `serve_engine`.
 
     Args:
-        on_ready: called with the server's URL and the model's name once requests are taken.
+        on_ready: called with the server's URL, the model's name and whether it has a chat template, once requests
+            are taken.
         make_routes: more routes than the API's, for a page about the model.
 
     Raises:

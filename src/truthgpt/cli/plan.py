@@ -94,7 +94,7 @@ def _print(found: RunPlan) -> None:
 
         say(
             f"time: the speed of {found.device} in {precision_label(found.precision)} is not known; --gpu-memory 80GiB "
-            f"--gpu NAME plans for another: {', '.join(gpu_names())}"
+            f"--gpu NAME plans for one of these GPUs: {', '.join(gpu_names())}"
         )
 
 

@@ -210,7 +210,7 @@ def quick_page() -> str:
         lines.append(f"| `{dotted((*slot, key))}` | {' · '.join(f'`{name}`' for name in registry.names())} |")
     lines += ["", "## Commands", ""]
     command: Any = typer.main.get_command(app)
-    lines += ["On every command:", "", *_flag_lines(command), ""]
+    lines += ["On every command, `--version` without one:", "", *_flag_lines(command), ""]
     for name, inner in command.commands.items():
         lines += _command_lines(f"truthgpt {name}", inner)
     lines += ["## Exit codes", "", "| code | meaning |", "|---|---|"]

@@ -41,7 +41,8 @@ def list_runs(
 
 
 def collect_runs(folder: Path) -> list[dict[str, Any]]:
-    """One row a run directory directly in `folder` (or `folder` itself): name, path, status.json, `tokens_per_sec`.
+    """One row a run directory directly in `folder` (or `folder` itself): name, path, status.json, `best_by` (the metric
+    that `best_metric` is), `tokens_per_sec`.
 
     A run whose status says "running" while nobody holds its directory is "stopped"; without a readable status.json it
     is "unknown".
@@ -60,8 +61,20 @@ def _describe(path: Path) -> dict[str, Any]:
     row["state"] = row["state"] or "unknown"
     if row["state"] == "running" and not is_in_use(path):
         row["state"] = "stopped"
+    row["best_by"] = _best_by(path)
     row["tokens_per_sec"] = read_last(path / "metrics.jsonl", "tokens_per_sec")
     return row
+
+
+def _best_by(run: Path) -> str | None:
+    """The metric that the best of the run is chosen by; None where its configuration cannot be read."""
+    from truthgpt.config.load import load_raw
+
+    try:
+        section = load_raw(run / "config.yaml").data.get("eval")
+    except ConfigError:
+        return None
+    return str(section["select_best_by"]) if isinstance(section, dict) and "select_best_by" in section else None
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -74,6 +87,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     step = _NOTHING if row["step"] is None else f"{row['step']}/{row['max_steps']}"
-    best = _NOTHING if row["best_metric"] is None else f"{row['best_metric']:.4g} @ {row['best_step']}"
+    metric = "" if row["best_by"] is None else f"{row['best_by']} "
+    best = _NOTHING if row["best_metric"] is None else f"{metric}{row['best_metric']:.4g} @ {row['best_step']}"
     speed = _NOTHING if row["tokens_per_sec"] is None else f"{row['tokens_per_sec']:,.0f}"
     return (row["name"], row["state"], step, best, speed, row["updated_at"] or _NOTHING)

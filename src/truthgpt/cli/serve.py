@@ -14,6 +14,10 @@ from truthgpt.cli.output import say
 from truthgpt.cli.sizes import parse_size
 from truthgpt.errors import ConfigError
 
+_COMPLETION = ("completions", '{"prompt": "Once upon a time", "max_tokens": 64}')
+_CHAT = ("chat/completions", '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}')
+"""What to try a server with: an endpoint, and a body for it."""
+
 
 def serve(
     target: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|HF_DIR", help="What to load.")],
@@ -49,13 +53,11 @@ def serve(
     if not is_loopback(host):
         say("warning: other machines can reach this server, and what they send is not encrypted")
 
-    def on_ready(url: str, model_name: str) -> None:
+    def on_ready(url: str, model_name: str, chats: bool) -> None:
         key = "" if api_key_env is None else f' -H "Authorization: Bearer ${api_key_env}"'
+        path, body = _CHAT if chats else _COMPLETION
         say(f"serving {model_name} at {url}/v1; Ctrl-C ends it. Try:")
-        say(
-            f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' "
-            """-d '{"prompt": "Once upon a time", "max_tokens": 64}'"""
-        )
+        say(f"  curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{body}'")
 
     size = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
     model_options = ServingOptions(device, dtype.value, engine=EngineOptions(size, compiled, streaming=True))

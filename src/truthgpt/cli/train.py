@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -202,9 +204,21 @@ def _say_next(config: Config, run: RunDirectory) -> None:
     commands = {}
     if config.model.task == "causal_lm":
         prompt = config.generate.prompts[0] if config.generate.prompts else "Once upon a time"
-        commands[f"truthgpt generate {folder} --prompt {shlex.quote(prompt)}"] = "write with the model"
+        if "chat" in (config.data.format, *(source.format for source in config.data.sources)):
+            commands[f"truthgpt chat {folder}"] = "talk with the model; also: demo, serve"
+        else:
+            commands[f"truthgpt generate {folder} --prompt {shlex.quote(prompt)}"] = "write with the model"
     if (run.read_status() or {}).get("best_metric") is not None:  # something was held out
         commands[f"truthgpt eval {folder}"] = "its metrics on the validation split"
     commands[f"truthgpt runs list {shlex.quote(str(Path(config.run_directory).parent))}"] = "all runs"
-    width = max(map(len, commands))
-    say("\nNext:\n" + "\n".join(f"  {command:{width}}  {what}" for command, what in commands.items()))
+    program = _program()
+    lines = {command.replace("truthgpt", program, 1): what for command, what in commands.items()}
+    width = max(map(len, lines))
+    say("\nNext:\n" + "\n".join(f"  {command:{width}}  {what}" for command, what in lines.items()))
+
+
+def _program() -> str:
+    """How this program is called: by its name, or as it was where the shell does not find that, as behind `make train`
+    with an environment that is not activated."""
+    called = Path(sys.argv[0])
+    return "truthgpt" if called.name != "truthgpt" or shutil.which("truthgpt") else shlex.quote(str(called))

@@ -98,7 +98,7 @@ def bind(host: str, port: int) -> socket.socket:
 def serve_engine(
     open_engine: Callable[[], AbstractContextManager[tuple[TextEngine, PreTrainedTokenizerBase]]],
     options: ServerOptions,
-    on_ready: Callable[[str, str], None],
+    on_ready: Callable[[str, str, bool], None],
     routes: Sequence[BaseRoute] = (),
 ) -> None:
     """Serve a model until SIGINT or SIGTERM, then let answers under way end; a second signal ends them at once.
@@ -108,7 +108,8 @@ def serve_engine(
     Args:
         open_engine: gives the engine and its tokenizer for as long as it is served, after the port has been taken.
         options: where and for whom.
-        on_ready: called with the server's URL and the model's name once requests are taken.
+        on_ready: called with the server's URL, the model's name and whether it has a chat template, once requests
+            are taken.
         routes: more routes, for pages; read after the engine has been made.
 
     Raises:
@@ -125,7 +126,8 @@ def serve_engine(
             routes=routes,
         )
         url = f"http://{in_url(options.host)}:{bound.getsockname()[1]}"
-        run_app(app, thread, bound, lambda: on_ready(url, thread.model_name))
+        chats = tokenizer.chat_template is not None
+        run_app(app, thread, bound, lambda: on_ready(url, thread.model_name, chats))
 
 
 def run_app(app: ASGIApp, thread: EngineThread, bound: socket.socket, on_ready: Callable[[], None]) -> None:

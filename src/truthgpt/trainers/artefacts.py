@@ -33,7 +33,7 @@ tags: [truthgpt]
 {what}, trained with TruthGPT Optimization Core.
 
 - Data: {data}
-- Step: {step} (best {metric}: {best_metric})
+- Step: {step}{best}
 - Seed: {seed}
 
 ```python
@@ -76,9 +76,10 @@ class ModelCard:
 
     def text(self, state: Mapping[str, Any], library: str, what: str, usage: str) -> str:
         """The card of the model that the loop state `state` belongs to."""
-        facts = {"data": self.data, "metric": self.metric, "seed": self.seed, "run_name": self.run_name}
-        facts |= {"step": state["step"], "best_metric": state["best_metric"]}
-        return _CARD.format(library=library, what=what, usage=usage, **facts)
+        facts = {"data": self.data, "seed": self.seed, "run_name": self.run_name, "step": state["step"]}
+        value = state["best_metric"]  # None: nothing was held out
+        best = "" if value is None else f" (best {self.metric}: {value:.6g})"
+        return _CARD.format(library=library, what=what, usage=usage, best=best, **facts)
 
 
 class Artefacts(Protocol):

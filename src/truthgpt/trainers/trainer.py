@@ -176,14 +176,18 @@ class GenericTrainer:
         if improved or pending or asked_to_stop or self._due(self.settings.checkpoint_interval):
             self._save(best=improved)
         if asked_to_stop and (self.state.pending_evaluation or not self._is_over()):
-            raise Preempted(f"stopped by {self.parts.stop.name} after step {self.state.step}, and saved")
+            raise Preempted(self._stopped("after"))
 
     def _leave_if_asked(self) -> None:
         """A stop that arrived before the first step, or after a save, still leaves a checkpoint, and one only."""
         if self.parts.stop.requested:
             if self._saved_step != self.state.step:
                 self._save(best=False)
-            raise Preempted(f"stopped by {self.parts.stop.name} at step {self.state.step}, and saved")
+            raise Preempted(self._stopped("at"))
+
+    def _stopped(self, where: str) -> str:
+        said = f"stopped by {self.parts.stop.name} {where} step {self.state.step}, and saved"
+        return f"{said}; the same command with --resume auto goes on from there"
 
     def _is_over(self) -> bool:
         return self.state.step >= self.settings.max_steps or self.state.stop_reason is not None
