@@ -58,9 +58,12 @@ def run_ours(steps: int) -> float:
 
     clock = StepClock(steps)
     CALLBACKS.register("clock")(lambda: clock)
-    with tempfile.TemporaryDirectory() as folder:
-        config = load_config(None, [*overrides(steps, Path(folder) / "run"), "training.callbacks=[print, clock]"])
-        build_trainer(config, build_components(config)).train()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = load_config(None, [*overrides(steps, Path(folder) / "run"), "training.callbacks=[print, clock]"])
+            build_trainer(config, build_components(config)).train()
+    finally:
+        CALLBACKS.unregister("clock")
     tokens = config.training.train_batch_size * config.training.grad_accum_steps * config.data.max_seq_len
     return tokens * (steps - WARM_UP_STEPS) / (clock.end_s - clock.start_s)
 

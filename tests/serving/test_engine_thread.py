@@ -171,6 +171,26 @@ def test_an_event_loop_that_cannot_keep_up_gets_fewer_and_longer_pieces() -> Non
     asyncio.run(run())
 
 
+def test_what_is_held_arrives_while_the_next_step_goes_on() -> None:
+    """At the end of the rest, not of a step that takes long, as one with a long prompt."""
+
+    async def run() -> None:
+        gate = threading.Semaphore(2)
+        thread = EngineThread(FakeEngine(before_step=lambda: bool(gate.acquire())))
+        thread.start()
+        stream, text = thread.stream([request(3)]), ""
+        while len(text) < 2:
+            _, piece = await asyncio.wait_for(anext(stream), 20)
+            text += piece.text
+            time.sleep(0.1)  # of events: the second token comes in the rest after it
+        assert text == expected_text([1, 2], 0, 2)
+        gate.release()
+        assert await text_of(stream) == expected_text([1, 2], 0, 3)[2:]
+        await thread.stop(1)
+
+    asyncio.run(run())
+
+
 def test_what_was_written_before_a_failure_arrives_before_it() -> None:
     async def run() -> None:
         def fail() -> None:

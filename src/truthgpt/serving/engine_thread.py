@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from truthgpt.errors import TruthGPTError
@@ -24,9 +23,10 @@ DEFAULT_MAX_WAITING = 1024
 _JOIN_S = 30.0
 """How long the end of the server waits for a step that is under way."""
 _REST = 5.0
-"""How long the event loop gets nothing but urgent pieces after it has sent all there were, in times of what that took.
+"""How long the event loop sends nothing but urgent pieces after it has sent all there were, in times of what that took.
 To send an event takes it many times as long as the engine needs for a token, and only one of the two runs at a time:
 when it cannot keep up, its events become fewer and longer, instead of the engine slower."""
+_MAX_REST_S = 0.5
 _MAX_FAILURES = 3
 """Failures in a row, without a step that worked, after which an engine is given up."""
 
@@ -71,6 +71,8 @@ class EngineThread:
         self._engine = engine
         # Of the event loop.
         self._streams: set[PieceStream] = set()
+        self._outbox = Outbox()
+        self._resting = False
         self.stopping = asyncio.Event()
         """Set once the server is being stopped."""
         self._hurried = False
@@ -80,11 +82,8 @@ class EngineThread:
         self._inbox: deque[Callable[[], None]] = deque()
         self._ending = False
         self._failed = False
-        # When the event loop is given everything again, by time.monotonic(): one number, read and written whole.
-        self._next_delivery_s = 0.0
         # Of the thread.
         self._live: dict[int, Place] = {}
-        self._outbox = Outbox()
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -161,7 +160,7 @@ class EngineThread:
 
     def _close(self, stream: PieceStream) -> None:
         if stream in self._streams:
-            self._streams.discard(stream)
+            self._forget(stream)
             self._post(lambda: self._cancel(stream))
 
     def _post(self, command: Callable[[], None]) -> None:
@@ -169,9 +168,37 @@ class EngineThread:
             self._inbox.append(command)
             self._condition.notify()
 
-    def _deliver(self, load: Load, pieces: list[tuple[PieceStream, int, Piece]]) -> None:
+    def _forget(self, stream: PieceStream) -> None:
+        self._streams.discard(stream)
+        self._outbox.forget(stream)
+
+    def _receive(self, load: Load, written: Sequence[tuple[Place, Piece]]) -> None:
+        """Take in what a step has written, and deliver what does not wait for the end of a rest."""
         self.load = load
-        for stream, index, piece in pieces:
+        for (stream, index), piece in written:
+            if stream in self._streams:  # else nobody waits for it any more
+                self._outbox.add((stream, index), piece)
+        if self._resting:
+            self._deliver(everything=False)
+        else:
+            self._deliver_and_rest()
+
+    def _deliver_and_rest(self) -> None:
+        begin = time.monotonic()
+        self._resting = True
+        self._deliver(everything=True)
+        loop = asyncio.get_running_loop()
+        # Behind those who were woken, who send before it.
+        loop.call_soon(lambda: loop.call_later(min(_REST * (time.monotonic() - begin), _MAX_REST_S), self._end_rest))
+
+    def _end_rest(self) -> None:
+        """What was held meanwhile is delivered now, however long the engine's next step takes."""
+        self._resting = False
+        if self._outbox:
+            self._deliver_and_rest()
+
+    def _deliver(self, everything: bool) -> None:
+        for stream, index, piece in self._outbox.take(everything):
             if piece.finish == "error":
                 stream.put(index, replace(piece, finish=None))  # what was written before
                 stream.fail(EngineError("the model's numbers are not finite: it cannot continue this text"))
@@ -183,19 +210,18 @@ class EngineThread:
             if not stream.unfinished:
                 self._streams.discard(stream)
 
-    def _deliver_everything(self, load: Load, pieces: list[tuple[PieceStream, int, Piece]]) -> None:
-        begin = time.monotonic()
-        self._deliver(load, pieces)
-
-        def sent() -> None:
-            now = time.monotonic()
-            self._next_delivery_s = now + _REST * (now - begin)
-
-        asyncio.get_running_loop().call_soon(sent)  # behind those who were woken, who send before it
-
     def _fail(self, stream: PieceStream, error: Exception) -> None:
         stream.fail(error)
-        self._streams.discard(stream)
+        self._forget(stream)
+
+    def _lose(self, streams: Collection[PieceStream]) -> None:
+        """The engine failed: these end, after what was written before."""
+        self._deliver(everything=True)
+        for stream in streams:
+            self._fail(stream, EngineError("the engine failed while it wrote; the server's log says why"))
+
+    def _note_load(self, load: Load) -> None:
+        self.load = load
 
     # From here on in the thread.
 
@@ -242,7 +268,6 @@ class EngineThread:
         ids = [request_id for request_id, (owner, _) in self._live.items() if owner is stream]
         for request_id in ids:
             del self._live[request_id]
-        self._outbox.forget(stream)
         self._cancel_in_engine(ids)
 
     def _cancel_in_engine(self, ids: Sequence[int]) -> None:
@@ -263,23 +288,15 @@ class EngineThread:
             self._give_up_requests()
             return
         self._failures = 0
+        written = [(self._live[piece.request_id], piece) for piece in pieces if piece.request_id in self._live]
         for piece in pieces:
-            if piece.request_id in self._live:
-                self._outbox.add(self._live[piece.request_id], piece)
-                if piece.finish is not None:
-                    del self._live[piece.request_id]
-        if time.monotonic() >= self._next_delivery_s:
-            self._next_delivery_s = math.inf
-            self._call(self._deliver_everything, self._engine.load(), self._outbox.take(everything=True))
-        else:
-            self._call(self._deliver, self._engine.load(), self._outbox.take(everything=False))
+            if piece.finish is not None:
+                self._live.pop(piece.request_id, None)
+        self._call(self._receive, self._engine.load(), written)
 
     def _give_up_requests(self) -> None:
         """End every request with an error and empty the engine, or say that it cannot go on."""
-        self._call(self._deliver, self.load, self._outbox.take(everything=True))
-        for stream in {stream for stream, _ in self._live.values()}:
-            self._outbox.forget(stream)
-            self._call(self._fail, stream, EngineError("the engine failed while it wrote; the server's log says why"))
+        self._call(self._lose, {stream for stream, _ in self._live.values()})
         self._live.clear()
         self._failures += 1
         self._failed = self._failures >= _MAX_FAILURES
@@ -291,7 +308,7 @@ class EngineThread:
         if self._failed:
             logger.error("the engine cannot go on: every request is refused until the server is started again")
             return
-        self._call(self._deliver, self._engine.load(), [])
+        self._call(self._note_load, self._engine.load())
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         """Have the event loop call `function`. Raises _LoopClosedError."""

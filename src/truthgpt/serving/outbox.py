@@ -1,4 +1,4 @@
-"""Pieces on their way from the engine's thread to the event loop."""
+"""Pieces on their way from the engine's thread to who waits for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Place = tuple[PieceStream, int]
 
 
 class Outbox:
-    """Pieces that the event loop has not got yet, those of a request joined. The first and the last of a request are
+    """Pieces that have not been given out yet, those of a request joined. The first and the last of a request are
     urgent: who waits for them waits for nothing else."""
 
     def __init__(self) -> None:
@@ -28,6 +28,10 @@ class Outbox:
             self._started.discard(place)
         elif piece.token_ids:
             self._started.add(place)
+
+    def __len__(self) -> int:
+        """Requests of which a piece is held."""
+        return len(self._held)
 
     def take(self, everything: bool) -> list[tuple[PieceStream, int, Piece]]:
         """What is urgent, or everything."""
