@@ -22,6 +22,7 @@ import truthgpt.runtime.precision
 from tests.plugins.reference_attention import reference_attention
 from tests.sample_data import BASE, write_sources
 from truthgpt.build import Components, build_components, build_evaluation
+from truthgpt.build_sources import build_text_data
 from truthgpt.build_trainer import build_trainer
 from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, DataError, RunDirectoryError
@@ -303,6 +304,30 @@ def test_a_mixture_is_shared_out_by_what_is_trained_on(
             labels.update(label for part in batch.micro_batches for label in part["labels"].flatten().tolist())
     x, y = byte_tokenizer()("xy").input_ids
     assert labels[x] / labels[y] == pytest.approx(ratio, rel=0.02)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_validation_files_of_a_mixture_are_read_once(tmp_path: Path, streaming: bool) -> None:
+    """By the first source without any of its own, which is the second; the last one cannot even read them."""
+    rows = {
+        "first": {"text": "1"},
+        "own": {"text": "2"},
+        "second": {"t": "3"},
+        "shared": {"t": "4"},
+        "last": {"u": "5"},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    paths = {name: str(tmp_path / f"{name}.jsonl") for name in rows}
+    sources = [
+        {"source": "jsonl", "path": paths["first"], "validation_path": paths["own"], "weight": 1},
+        {"source": "jsonl", "path": paths["second"], "text_field": "t", "weight": 1},
+        {"source": "jsonl", "path": paths["last"], "text_field": "u", "weight": 1},
+    ]
+    data = {"sources": sources, "validation_path": paths["shared"], "streaming": streaming, "max_seq_len": 8}
+    found = build_text_data(load_config({**BASE, "data": {**data, "num_workers": 0}}))
+    held_out = [part.validation and [document.segments[0].text for document in part.validation] for part in found.parts]
+    assert held_out == [["2"] * 40, ["4"] * 40, None]
 
 
 def test_packing_a_model_that_cannot_keep_documents_apart_is_refused(

@@ -308,6 +308,14 @@ IMAGES = [
         ),
         (["data.collate=cv"], "data.collate", "the task is causal_lm"),
         (["data.source=image_folder", "data.path=x"], "data.source", "image_folder has no text"),
+        (
+            ["data.sources=[{source: text, path: x, validation_path: y}]", "data.validation_path=z"],
+            *("data.validation_path", "all sources have validation documents of their own"),
+        ),
+        (
+            ["data.sources=[{source: python_stdlib}, {source: text, path: x}]", "data.validation_path=z"],
+            *("data.validation_path", "python_stdlib reads no files"),
+        ),
         (["data.sources=[{source: image_folder, path: x}]"], "data.sources[0].source", "image_folder has no text"),
         ([*IMAGES, "data.collate=lm"], "data.collate", "the task is image_classification"),
         ([*IMAGES, "data.packing=true"], "data.packing", "is for text"),

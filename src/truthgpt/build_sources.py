@@ -63,10 +63,8 @@ def build_text_data(config: Config) -> TextData:
     make = _stream_part if data.streaming else _indexed_part
     if not data.sources:
         return TextData((make(data, "data.source", None),))
-    parts = (
-        make(_with_source(data, item), f"data.sources[{index}]", item.weight) for index, item in enumerate(data.sources)
-    )
-    return TextData(tuple(parts))
+    parts = zip(_mixed(data), data.sources, strict=True)
+    return TextData(tuple(make(one, f"data.sources[{n}]", item.weight) for n, (one, item) in enumerate(parts)))
 
 
 def build_source(
@@ -102,6 +100,20 @@ def validation_source(
         data = data.model_copy(update={"path": data.validation_path, "dataset": None, "subset": None})
         return build_source(data, None, images, classes)
     return None if data.validation_split is None else build_source(data, data.validation_split, images, classes)
+
+
+def _mixed(data: DataConfig) -> list[DataConfig]:
+    """`data` as each source of the mixture sees it. `data.validation_path` is read once, by the first source that has
+    no validation documents of its own."""
+    mixed, shared = [], data.validation_path
+    for item in data.sources:
+        one = _with_source(data, item)
+        if data.validation_path is not None and item.validation_path is None:
+            read_here = shared if item.validation_split is None else None
+            one = one.model_copy(update={"validation_path": read_here, "validation_fraction": 0.0})
+            shared = None if read_here is not None else shared
+        mixed.append(one)
+    return mixed
 
 
 def _with_source(data: DataConfig, item: MixedSource) -> DataConfig:

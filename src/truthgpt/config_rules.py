@@ -162,6 +162,7 @@ def _source_rules(config: Config) -> Iterator[Broken]:
             if key in KEYS and getattr(item, key) is not None and not reads(entry, key):
                 yield Broken((*path, key), f"is not read by data source {entry.name}", "leave it out")
     yield from _unread_keys(data, [entry for _, _, entry in entries], ("data", "sources"))
+    yield from _shared_validation_rule(data, entries)
     weights = [item.weight is None for item in data.sources]
     if any(weights) and not all(weights):
         first = weights.index(True)
@@ -184,6 +185,21 @@ def _missing_keys(data: DataConfig, entry: Entry, item: MixedSource | None, path
     for key, needed in (("validation_split", "split"), ("validation_path", "path")):
         if getattr(item or data, key) is not None and not accepts(entry.build, needed):
             yield Broken((*path, key), f"is not read by data source {entry.name}", "leave it out", (source,))
+
+
+def _shared_validation_rule(data: DataConfig, entries: list[tuple[int, MixedSource, Entry]]) -> Iterator[Broken]:
+    """Validation files of a whole mixture are read by its first source that has no validation documents of its own."""
+    if data.validation_path is None:
+        return
+    path, depends = ("data", "validation_path"), (("data", "sources"),)
+    without = [entry for _, item, entry in entries if item.validation_path is None and item.validation_split is None]
+    if not without:
+        yield Broken(path, "is not read: all sources have validation documents of their own", "leave it out", depends)
+    elif not reads(without[0], "path"):
+        message = (
+            f"is read by the first source without validation documents of its own, and {without[0].name} reads no files"
+        )
+        yield Broken(path, message, "put a source that reads them before it", depends)
 
 
 def _unread_keys(data: DataConfig, entries: list[Entry], source: KeyPath) -> Iterator[Broken]:
