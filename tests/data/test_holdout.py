@@ -56,6 +56,13 @@ def test_far_more_than_asked_for_is_said(
     assert [record.message.split(" documents")[0] for record in caplog.records] == ([said] if said else [])
 
 
+def test_one_document_of_many_is_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
+    """As in the preset `debug`, which asks for half a document."""
+    with caplog.at_level(logging.WARNING):
+        assert held_out_mask(hashes(*range(470)), 0.001).sum() == 1
+    assert caplog.records == []
+
+
 def test_hashes_are_the_same_everywhere() -> None:
     assert key_hash("abc") == 0xBA7816BF8F01CFEA
     assert key_hash("file-\udcff") == key_hash("file-\udcff")
