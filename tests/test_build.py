@@ -250,6 +250,19 @@ def test_answers_without_a_trained_end_are_said(
     assert ("puts '<|im_end|>' behind" in caplog.text) == warned
 
 
+def test_no_step_has_more_tokens_than_is_said(tmp_path: Path) -> None:
+    """Of short samples a micro-batch holds more of `data.max_tokens` than of long ones."""
+    (tmp_path / "short.jsonl").write_text(f"{json.dumps({'text': 'abcdef'})}\n" * 40)
+    data = ("data.source=jsonl", f"data.path={tmp_path / 'short.jsonl'}", "data.max_seq_len=32")
+    buckets = ("data.bucket_by_length=true", "data.bucket_bins=[8]", "data.max_tokens=60")
+    components = build(tmp_path, *data, *buckets)
+    with closing(components.train_loader.batches()) as batches:
+        step = next(iter(batches))
+    largest = max(batch["input_ids"].numel() for batch in step.micro_batches)
+    assert largest == 56 > 32
+    assert components.task.tokens_per_step == 60 * len(step.micro_batches)
+
+
 def test_auto_pads_where_packing_fills_less(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Samples of more than half a row cannot share one."""
     rows = [{"text": f"{number:02} is a row of twenty-one"} for number in range(40)]
