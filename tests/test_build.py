@@ -222,6 +222,7 @@ def test_what_is_packed(tmp_path: Path, overrides: tuple[str, ...], packed: bool
 
 
 MARKED_ANSWER = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+NO_END = "{% for m in messages %}{{ '' if loop.first else '\\n' }}{{ m.role }}: {{ m.content }}{% endfor %}"
 IM_END = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
 
 
@@ -232,8 +233,9 @@ IM_END = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_e
         (IM_END, "all", False),  # then the letters are trained too
         (IM_END.replace("<|im_end|>", "{{ eos_token }}"), "assistant", False),
         (IM_END.replace("{{ m.content }}<|im_end|>", MARKED_ANSWER), "assistant", False),
+        (NO_END, "assistant", False),  # an end-of-text token closes the last answer, and is trained
     ],
-    ids=("letters", "all is trained", "a token", "marks"),
+    ids=("letters", "all is trained", "a token", "marks", "nothing"),
 )
 def test_answers_without_a_trained_end_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str, train_on: str, warned: bool
@@ -245,7 +247,21 @@ def test_answers_without_a_trained_end_are_said(
     shape = ("data.max_seq_len=64", "data.validation_fraction=0")
     with caplog.at_level(logging.WARNING, "truthgpt"):
         build(tmp_path, *chats, *shape, f"data.train_on={train_on}", f"data.chat_template={json.dumps(template)}")
-    assert ("puts '<|im_end|>' behind an answer, which is no token of the tokenizer" in caplog.text) == warned
+    assert ("behind an answer, which is no token of the tokenizer" in caplog.text) == warned
+    assert ("puts '<|im_end|>' behind" in caplog.text) == warned
+
+
+def test_no_step_has_more_tokens_than_is_said(tmp_path: Path) -> None:
+    """Of short samples a micro-batch holds more of `data.max_tokens` than of long ones."""
+    (tmp_path / "short.jsonl").write_text(f"{json.dumps({'text': 'abcdef'})}\n" * 40)
+    data = ("data.source=jsonl", f"data.path={tmp_path / 'short.jsonl'}", "data.max_seq_len=32")
+    buckets = ("data.bucket_by_length=true", "data.bucket_bins=[8]", "data.max_tokens=60")
+    components = build(tmp_path, *data, *buckets)
+    with closing(components.train_loader.batches()) as batches:
+        step = next(iter(batches))
+    largest = max(batch["input_ids"].numel() for batch in step.micro_batches)
+    assert largest == 56 > 32
+    assert components.task.tokens_per_step == 60 * len(step.micro_batches)
 
 
 def test_auto_pads_where_packing_fills_less(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -53,6 +53,7 @@ from truthgpt.runtime.precision import (
     hold_frozen_in_bf16,
     hold_weights_in_bf16,
 )
+from truthgpt.runtime.seeds import random_state_kept
 from truthgpt.task import TaskParts
 from truthgpt.trainers.engine import Objective
 
@@ -256,7 +257,7 @@ def _compile(config: Config, task: TaskParts, precision: Precision, max_steps: i
 
     def probe() -> None:
         batch = {key: tensor.to(model.device) for key, tensor in task.example.items()}
-        with torch.random.fork_rng(), precision.autocast():
+        with random_state_kept(), precision.autocast():
             loss, _ = task.objective(model.train(), batch)
         loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)

@@ -74,9 +74,13 @@ def build_tokenizer(config: Config, data: TextData) -> PreTrainedTokenizerFast:
 
 def _warn_of_untrained_end(tokenizer: PreTrainedTokenizerFast) -> None:
     """Say when mere letters follow an answer in the template, as in ChatML with the tokenizer of a base model: they
-    are not trained, and the model writes on where it should stop. Marks in the template decide for themselves."""
+    are not trained, and the model writes on where it should stop. Marks in the template decide for themselves, and
+    where nothing stands behind the last answer it is the end-of-text token that does."""
     written = turn_end(tokenizer).text
-    if written and written not in tokenizer.get_added_vocab() and not MARK.search(str(tokenizer.chat_template)):
+    if not written or written in tokenizer.get_added_vocab() or MARK.search(str(tokenizer.chat_template)):
+        return
+    chat = [{"role": role, "content": f"<<{role}>>"} for role in ("user", "assistant")]
+    if not str(tokenizer.apply_chat_template(chat, tokenize=False)).endswith("<<assistant>>"):
         logger.warning(
             "the chat template puts %r behind an answer, which is no token of the tokenizer and so is not trained: the "
             "model does not learn where to stop; give a tokenizer that has it (model.tokenizer.path, see docs/lora.md, "

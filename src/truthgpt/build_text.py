@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from truthgpt.build_attention import attend, build_attention, choose_packing
-from truthgpt.build_data import build_eval_loader, build_tokenizer, build_train_loader, tokenize_text
+from truthgpt.build_data import bucket_bins, build_eval_loader, build_tokenizer, build_train_loader, tokenize_text
 from truthgpt.build_sources import build_text_data
 from truthgpt.config.schema import Config
 from truthgpt.data.base import Batch
@@ -82,7 +82,7 @@ def build_text_task(
         eval_loader=build_eval_loader(config, data, tokenizer, packed, device, fallbacks),
         example=_example(plan.micro_batch_size, length, packed),
         fixed_shapes=packed or not data.has_rows,
-        tokens_per_step=plan.micro_batch_size * plan.grad_accum_steps * length,
+        tokens_per_step=_positions(config, plan.micro_batch_size) * plan.grad_accum_steps,
         unit="tokens",
         flops_per_token=training_flops_per_token(model, length),
     )
@@ -177,6 +177,12 @@ def _warn_of_frozen_tokens(config: Config, model: PreTrainedModel, tokenizer: Pr
 def share_adapter_inputs(model: PreTrainedModel) -> None:
     """Let adapters with one input share its product, see `share_inputs`."""
     share_inputs(model, torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=model.device))
+
+
+def _positions(config: Config, rows: int) -> int:
+    """The most that a micro-batch has: of `data.max_tokens`, short samples may fill more than long ones."""
+    most = rows * config.data.max_seq_len
+    return most if bucket_bins(config.data) is None else max(most, config.data.max_tokens or 0)
 
 
 def _example(rows: int, length: int, packed: bool) -> Batch:

@@ -184,6 +184,13 @@ def test_a_key_given_as_an_option_is_told_how_to_set_it(option: str, capsys: pyt
     assert "is no option; a key is set without" in capsys.readouterr().err
     assert exit_code("train", "debug", "--resum", "auto") == 2
     assert "--resume" in capsys.readouterr().err  # nearly an option
+    assert exit_code("plan", "debug", "--gpu_memory", "80GB") == 2
+    assert "--gpu-memory" in capsys.readouterr().err  # one but for its line
+    assert exit_code("train", "--config", "my.yaml") == 2
+    assert (
+        capsys.readouterr().err
+        == "error: --config is no option; a YAML is named without one, as in truthgpt train my.yaml\n"
+    )
 
 
 def test_global_options_stop_at_the_double_dash() -> None:

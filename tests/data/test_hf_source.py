@@ -136,6 +136,25 @@ def test_a_cell_of_csv_is_the_text_that_stands_in_it(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+def test_columns_of_csv_that_are_not_read_may_hold_anything(tmp_path: Path, suffix: str, streaming: bool) -> None:
+    numbers = ["1"] * 10_000 + ["NA", "0.5", "many"]  # of which the library takes 10,000 rows at a time
+    write_csv(tmp_path / "a.csv", [{"text": "a", "n": number} for number in numbers])
+    if suffix == ".csv.gz":
+        (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    texts = [document.text for document in source(path=[tmp_path / f"a{suffix}"], streaming=streaming).documents()]
+    assert texts == ["a"] * len(numbers)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_field_that_is_missing_is_told_all_columns(tmp_path: Path, streaming: bool) -> None:
+    """Those too that are not read: the one that is meant is among them."""
+    write_parquet(tmp_path / "a.parquet", [{"prompt": "a", "answer": "b"}])
+    with pytest.raises(DataError, match="no field 'completion', the rows have prompt, answer "):
+        list(source(path=[tmp_path], streaming=streaming, format="prompt_completion").documents())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_files_need_agree_in_what_is_read_only(tmp_path: Path, streaming: bool) -> None:
     """Large data sets have shards without rows, and columns that are of one type here and another there."""
     tables = [

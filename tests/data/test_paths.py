@@ -60,13 +60,16 @@ def test_a_folder_that_cannot_be_read_is_said(tree: Path, monkeypatch: pytest.Mo
     scandir = os.scandir
 
     def refused(path: str) -> object:
-        if Path(path).name == "sub":
+        if Path(path).name in ("sub", "lost+found"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refused)
+    (tree / "lost+found").mkdir()  # of which a disk has one that only root may read
     with pytest.raises(DataError, match="sub: cannot be read: Permission denied; check its permissions"):
         resolve_files([str(tree)])
+    (tree / "sub").rename(tree / "other")
+    assert names(resolve_files([str(tree)], suffix=".jsonl"), tree) == ["a.jsonl"]
 
 
 def test_relative_to_working_directory(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig
+from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config, HrmTextConfig, LlamaConfig
 
 from truthgpt.errors import ConfigError
 from truthgpt.models.architecture import check_context, context_length, load_architecture
@@ -39,7 +39,10 @@ def test_aliases_of_transformers_are_known() -> None:
         ({**LLAMA, "n_layer": 8, "heads": 2}, ["model.config.n_layer", "model.config.heads"]),
         ({**LLAMA, "hidden_size": "big"}, ["model.config: transformers refuses it", "hidden_size"]),
         ({"model_type": "gpt2", "rope_theta": 1.0}, ["model.config.rope_theta"]),
-        ({"model_type": "qwen2", "sliding_window": 16}, ["model.config.sliding_window: 16 has no effect", "None"]),
+        (
+            {"model_type": "qwen2", "sliding_window": 16},
+            ["model.config.sliding_window: 16 has no effect", "None (leave it out"],
+        ),
     ],
 )
 def test_mistakes_are_named(overrides: dict[str, object], phrases: list[str]) -> None:
@@ -47,6 +50,13 @@ def test_mistakes_are_named(overrides: dict[str, object], phrases: list[str]) ->
         load(**overrides)
     for phrase in phrases:
         assert phrase in str(caught.value)
+
+
+def test_what_is_kept_as_another_value_is_taken() -> None:
+    """HRM is given the layers of a stack and keeps those of all cycles; the version is that of the library here."""
+    for layers in (2, HrmTextConfig.num_hidden_layers):  # the default too, of which nothing changes
+        config: Any = load(model_type="hrm_text", num_hidden_layers=layers, transformers_version="4.31.0")
+        assert config.num_layers_per_stack == layers
 
 
 def test_folder_with_changes(tmp_path: Path) -> None:

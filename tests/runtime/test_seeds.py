@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truthgpt.runtime.seeds import derive_seed, seed_micro_batch
+from truthgpt.runtime.seeds import derive_seed, random_state_kept, seed_micro_batch
 
 PARTS = st.lists(st.one_of(st.integers(), st.text(max_size=8)), max_size=4).map(tuple)
 
@@ -55,3 +58,22 @@ def test_dropout_repeats_for_the_same_place_only() -> None:
     assert torch.equal(first, mask(3, 1, 0))
     for other in (mask(4, 1, 0), mask(3, 0, 0), mask(3, 1, 1), mask(1, 3, 0)):
         assert not torch.equal(first, other)
+
+
+def test_the_random_state_is_kept_without_advice_on_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.get_rng_state()
+    with random_state_kept():
+        torch.rand(3)
+    assert torch.equal(state, torch.get_rng_state())
+    states = {0: "first", 1: "second"}  # of two GPUs
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    for module in (torch.accelerator, torch.cuda):
+        monkeypatch.setattr(module, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.__setitem__(device, state))
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with random_state_kept():
+            states.update({0: "used", 1: "used"})
+    assert states == {0: "first", 1: "second"}

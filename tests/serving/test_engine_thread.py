@@ -191,6 +191,33 @@ def test_what_is_held_arrives_while_the_next_step_goes_on() -> None:
     asyncio.run(run())
 
 
+def test_what_is_held_arrives_before_the_end_of_the_server() -> None:
+    async def run() -> None:
+        gate, third = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            if engine.steps == 2:
+                third.set()
+                gate.wait()
+
+        engine = FakeEngine(before_step=wait)
+        thread = EngineThread(engine)
+        thread.start()
+        stream = thread.stream([request(3)])
+        _, first = await anext(stream)
+        assert third.wait(20)
+        time.sleep(0.1)  # of events: the second token comes in the rest after them
+        stopping, text = asyncio.create_task(thread.stop(0.1)), first.text
+        with pytest.raises(StoppingError):
+            async for _, piece in stream:
+                text += piece.text
+        assert text == expected_text([1, 2], 0, 2)
+        gate.set()
+        await stopping
+
+    asyncio.run(run())
+
+
 def test_what_was_written_before_a_failure_arrives_before_it() -> None:
     async def run() -> None:
         def fail() -> None:

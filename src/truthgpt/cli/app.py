@@ -158,17 +158,26 @@ def _global_first(arguments: Sequence[str]) -> list[str]:
 def _options_of(command: Any) -> list[str]:
     """The options of a command, or of all commands of a group."""
     commands = (command, *getattr(command, "commands", {}).values())
-    return ["--help", *(name for one in commands for each in one.params for name in (*each.opts, *each.secondary_opts))]
+    return [
+        "--help",
+        "--version",
+        *(name for one in commands for each in one.params for name in (*each.opts, *each.secondary_opts)),
+    ]
 
 
 def _refuse_keys_as_options(arguments: Sequence[str], options: Sequence[str]) -> None:
     """Raise ConfigError for a key given as an option: no option has an underscore or a dot, but most keys do; what else
-    is not even nearly an option was meant as a key too."""
+    is not even nearly an option was meant as a key too, or as the name of the YAML."""
     for argument in arguments[: arguments.index("--") if "--" in arguments else None]:
         name = argument.partition("=")[0]
+        if not name.startswith("--") or name.replace("_", "-") in options:
+            continue
         key = "_" in name or "." in name
-        if name.startswith("--") and (key or not difflib.get_close_matches(name, options, n=1, cutoff=0.75)):
-            raise ConfigError(f"{name} is no option; a key is set without dashes, such as training.max_steps=100")
+        if key or not difflib.get_close_matches(name, options, n=1, cutoff=0.75):
+            told = "a key is set without dashes, such as training.max_steps=100"
+            if not key and "config" in name:
+                told = "a YAML is named without one, as in truthgpt train my.yaml"
+            raise ConfigError(f"{name} is no option; {told}")
 
 
 def _show_traceback(arguments: Sequence[str]) -> None:

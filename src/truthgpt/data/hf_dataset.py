@@ -291,7 +291,7 @@ def _load_builder(location: HfLocation) -> DatasetBuilder:
     if location.path:
         kind, options, files = _files_of_one_kind(location.files() or [])
         if location.columns:
-            options = {**options, **column_options(kind, location.columns, files)}
+            options = {**options, **column_options(kind, location.columns, files, options.get("sep", ","))}
         patterns = [glob.escape(str(file.resolve())) for file in files]
         return datasets.load_dataset_builder(kind, data_files={"train": patterns}, **options)
     folder = location._folder()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -169,10 +170,10 @@ class HfSource:
     def _rows(self) -> _Rows:
         if self._streaming and self._location.saved_folder() is None:
             stream = open_stream(self._location)
-            columns = _wanted_columns(self._fields, stream.column_names, self._location.name)
+            columns = _wanted_columns(self._fields, stream.column_names, self._location)
             return _StreamedRows(stream if columns is None else stream.select_columns(columns), self._location)
         stored = open_stored(self._location)
-        columns = _wanted_columns(self._fields, stored.column_names, self._location.name)
+        columns = _wanted_columns(self._fields, stored.column_names, self._location)
         return _StoredRows(stored.select_columns(columns or stored.column_names), self._location.name)
 
 
@@ -241,16 +242,20 @@ class _StreamedRows:
         return f"{name} row {number}" if self.shards == 1 else f"{name} shard {shard} row {number}"
 
 
-def _wanted_columns(fields: RowFields, columns: Sequence[str] | None, name: str) -> list[str] | None:
+def _wanted_columns(fields: RowFields, columns: Sequence[str] | None, location: HfLocation) -> list[str] | None:
     """The columns to read; None when the dataset cannot tell before reading which it has."""
     if columns is None:
         return None
     for field in fields.used():
         if not columns:
-            raise no_rows(name)
+            raise no_rows(location.name)
         if field not in columns:
             setting = next(key for key, value in vars(fields).items() if key.endswith("_field") and value == field)
-            raise DataError(f"{name}: no field {field!r}, the rows have {', '.join(columns)} (set data.{setting})")
+            # Those that are not read too: one of them is the one that is meant.
+            there = open_stream(replace(location, columns=())).column_names or columns
+            raise DataError(
+                f"{location.name}: no field {field!r}, the rows have {', '.join(there)} (set data.{setting})"
+            )
     return [field for field in _columns(fields) if field in columns]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from truthgpt.data.base import ImageExample
 from truthgpt.data.file_identity import WHOLE_BYTES, content_fingerprint
-from truthgpt.data.paths import visible_files
+from truthgpt.data.paths import is_visible, visible_files
 from truthgpt.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _roots(paths: Sequence[str]) -> list[Path]:
 
 def _images_below(root: Path, left_out: Counter[str]) -> Iterator[tuple[str, str, Path]]:
     """Class, path below the class folder, and file of every image; other files are counted by suffix."""
-    entries = [entry for entry in sorted(root.iterdir()) if not entry.name.startswith(".")]
+    entries = [entry for entry in sorted(root.iterdir()) if is_visible(entry.name)]
     folders = [entry for entry in entries if entry.is_dir()]
     files = [entry for entry in entries if not entry.is_dir()]
     if not folders:

@@ -158,7 +158,8 @@ class ImageDataset:
         image = decode_image(example, self._transform.channels)
         # Of a file of 163 bytes, 1 x 20,000 pixels, the middle would be cut out of gigabytes.
         if max(image.size) * max(self._transform.size) ** 2 > MAX_PIXELS * min(image.size):
-            raise _too_large(example.where, f"{image.width} x {image.height} pixels, too narrow to be resized")
+            found = f"{image.width} x {image.height} pixels, too narrow"
+            raise DataError(f"{example.where}: {found}: resized it has more than {MAX_PIXELS}; crop it, or delete it")
         pixels = self._augmented(image, epoch, index) if self._augment else _resized_centre(image, self._transform.size)
         pixels = pixels.reshape(*self._transform.size, self._transform.channels)
         values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")  # (C, H, W)

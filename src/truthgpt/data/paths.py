@@ -64,6 +64,12 @@ def _match(path: Path, suffix: str | tuple[str, ...] | None) -> Iterator[Path]:
             yield match
 
 
+def is_visible(name: str) -> bool:
+    """Whether a file or folder found in a folder is taken: not where it is hidden, nor what file systems keep in the
+    root of a disk for lost files, which nobody else may read."""
+    return not name.startswith(".") and name != "lost+found"
+
+
 def visible_files(folder: Path) -> Iterator[Path]:
     """Everything below `folder` that is no folder, those behind links too, each folder once; hidden names are left out.
 
@@ -74,10 +80,10 @@ def visible_files(folder: Path) -> Iterator[Path]:
     # os.walk takes a tenth of the time of Path.rglob where there are many files; rglob follows no link.
     for parent, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [] if real in seen else sorted(filter(is_visible, folders))
         if real not in seen:
             seen.add(real)
-            yield from (Path(parent, name) for name in files if not name.startswith("."))
+            yield from (Path(parent, name) for name in files if is_visible(name))
 
 
 def _refuse_folder(error: OSError) -> None:

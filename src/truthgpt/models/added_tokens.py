@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from truthgpt.errors import ConfigError, Problem
+from truthgpt.runtime.seeds import random_state_kept
 
 
 class AddedTokens(nn.Module):
@@ -63,7 +64,7 @@ def missing_tokens(model: PreTrainedModel, tokens: int) -> int:
 def resize_embeddings(model: PreTrainedModel, tokens: int) -> None:
     """Give `model` an embedding for each of `tokens`, and a row of its head; tied ones stay tied."""
     before = _tables(model)[0][1].weight.shape[0]
-    with torch.random.fork_rng():
+    with random_state_kept():
         model.resize_token_embeddings(tokens, mean_resizing=False)
     with torch.no_grad():
         for _, table in _tables(model):

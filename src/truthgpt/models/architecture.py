@@ -74,9 +74,7 @@ def load_architecture(
         raise _problem("model_type", f"{name_or_path} is a {config.model_type} model, not {overrides['model_type']}")
     own = config.to_dict()
     merged = {**own, **_with_own_rope(own.get("rope_parameters"), overrides)}
-    changed = _construct(type(config), {key: value for key, value in merged.items() if key != "model_type"})
-    _refuse_untaken(changed, overrides)
-    return changed
+    return _taken(type(config), merged, overrides)
 
 
 def _refuse_wrong_place(name_or_path: str) -> None:
@@ -128,9 +126,7 @@ def _from_scratch(overrides: Mapping[str, Any], kind: ModelKind) -> PreTrainedCo
         raise _problem("model_type", f"transformers has no {kind.name} of type {model_type!r}", hint)
     config_class = CONFIG_MAPPING[model_type]
     _refuse_unknown_keys(config_class, overrides)
-    config = _construct(config_class, {key: value for key, value in overrides.items() if key != "model_type"})
-    _refuse_untaken(config, overrides)
-    return config
+    return _taken(config_class, overrides, overrides)
 
 
 def _refuse_unknown_keys(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any]) -> None:
@@ -150,17 +146,36 @@ def _refuse_unknown_keys(config_class: type[PreTrainedConfig], overrides: Mappin
         raise ConfigError(problems)
 
 
-def _refuse_untaken(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
-    """A setting that another one switches off, as `use_sliding_window` does `sliding_window` in Qwen 2."""
-    names, taken = overrides.keys() - {"model_type", "dtype", *_LEGACY_ROPE_NAMES}, config.to_dict()
-    plain = {name: overrides[name] for name in sorted(names) if isinstance(overrides[name], bool | int | float | str)}
-    problems = [
-        Problem(f"model.config.{name}", f"{value!r} has no effect: by its other settings the model has {found!r}")
-        for name, value in plain.items()
-        if (found := taken.get(config.attribute_map.get(name, name), value)) != value
-    ]
+def _taken(
+    config_class: type[PreTrainedConfig], values: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> PreTrainedConfig:
+    """The configuration of `values`.
+
+    Raises:
+        ConfigError: one of `overrides` that another one switches off, as `use_sliding_window` does `sliding_window` in
+            Qwen 2; not one that is kept as another number, as the layers of HRM are.
+    """
+    values = {key: value for key, value in values.items() if key != "model_type"}
+    config = _construct(config_class, values)
+    taken, problems = config.to_dict(), []
+    for name in sorted(overrides.keys() - set(_LEGACY_ROPE_NAMES)):
+        value = overrides[name]
+        found = taken.get(config.attribute_map.get(name, name), value)
+        if isinstance(value, bool | int | float) and found != value and not _matters(config, values, name):
+            message = f"{value!r} has no effect: by its other settings the model has {found!r}"
+            problems.append(Problem(f"model.config.{name}", message, suggestion="leave it out, or change those"))
     if problems:
         raise ConfigError(problems)
+    return config
+
+
+def _matters(config: PreTrainedConfig, values: Mapping[str, Any], name: str) -> bool:
+    """Whether the configuration of `values` would be another one than `config` if the number `name` were."""
+    other = not values[name] if isinstance(values[name], bool) else values[name] + 1
+    try:
+        return bool(_construct(type(config), {**values, name: other}).to_dict() != config.to_dict())
+    except ConfigError:
+        return True
 
 
 def _with_own_rope(own: Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from truthgpt.models.quantized_base import nf4_config, prepare_quantized
 from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.flops import weight_count
 from truthgpt.runtime.hub import cache_when_unreachable
-from truthgpt.runtime.seeds import derive_seed
+from truthgpt.runtime.seeds import derive_seed, random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def build_causal_lm(
         attention: name of an attention implementation transformers knows.
         dtype: type the weights are made in.
     """
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(derive_seed(seed, "initial weights"))
         model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=dtype)
     return cast(PreTrainedModel, model)
@@ -88,7 +88,7 @@ def load_causal_lm(
     if quantized_on is not None:
         quantized = {"quantization_config": nf4_config(dtype), "device_map": {"": quantized_on}}
     try:
-        with torch.random.fork_rng(), cache_when_unreachable(name_or_path):
+        with random_state_kept(), cache_when_unreachable(name_or_path):
             torch.manual_seed(derive_seed(0, "missing weights"))  # random, and the same ones for whoever loads it again
             model, report = AutoModelForCausalLM.from_pretrained(
                 name_or_path,

@@ -21,7 +21,7 @@ from truthgpt.data.base import IGNORED_LABEL, Batch, LossAndLogits
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.models.architecture import ModelKind, load_architecture
 from truthgpt.runtime.hub import cache_when_unreachable
-from truthgpt.runtime.seeds import derive_seed
+from truthgpt.runtime.seeds import derive_seed, random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def build_image_classifier(architecture: PreTrainedConfig, attention: str, seed:
         attention: name of an attention implementation transformers knows. A model that cannot have its attention
             replaced, or has none, keeps its own, and one line says so.
     """
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(derive_seed(seed, "initial weights"))
         model = AutoModelForImageClassification.from_config(
             architecture, attn_implementation=_usable_attention(architecture, attention), dtype=torch.float32
@@ -101,7 +101,7 @@ def load_image_classifier(
         ConfigError: no weights at `name_or_path`, or weights that do not fit `architecture` (the head's aside).
     """
     try:
-        with torch.random.fork_rng(), cache_when_unreachable(name_or_path):
+        with random_state_kept(), cache_when_unreachable(name_or_path):
             torch.manual_seed(derive_seed(seed, "initial weights"))
             model, report = AutoModelForImageClassification.from_pretrained(
                 name_or_path,

@@ -28,7 +28,7 @@ from truthgpt.models.dora_linear import DoraLinear
 from truthgpt.models.quantized_base import is_quantized
 from truthgpt.models.trained_weights import adapter_weights, load_adapter_weights
 from truthgpt.runtime.flops import matrix_weights
-from truthgpt.runtime.seeds import derive_seed
+from truthgpt.runtime.seeds import derive_seed, random_state_kept
 
 ALL_LINEAR = "all-linear"
 BASE_FOLDER = "base"
@@ -97,7 +97,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str | Non
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(derive_seed(seed, "adapters"))
         try:
             _inject(model, config)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,3 +41,14 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
         rank: index of the process, from 0.
     """
     torch.manual_seed(derive_seed(seed, "dropout", step, micro_batch, rank))
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """torch's generators, of the CPU and of every accelerator, are afterwards as they were before.
+
+    `fork_rng` does that by itself too, but writes a paragraph of advice on a machine with several GPUs unless they are
+    named.
+    """
+    with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
+        yield

@@ -147,6 +147,7 @@ class EngineThread:
         end = loop.time() + deadline_s
         while self._streams and loop.time() < end and not self._hurried:
             await asyncio.sleep(0.02)
+        self._deliver(everything=True)
         for stream in list(self._streams):
             stream.fail(StoppingError("the server was stopped before the answer was complete"))
             self._close(stream)
