@@ -165,7 +165,7 @@ def test_an_event_loop_that_cannot_keep_up_gets_fewer_and_longer_pieces() -> Non
             assert "".join(piece.text for piece in pieces) == expected_text([1, 2], 0, 120)
             assert len(pieces[0].token_ids) <= 2
         assert len(slow) < 25, "5 ms of events, then 25 ms of rest: 15 tokens an event, and 3 without the rest"
-        assert len(quick) > 80
+        assert len(quick) > 2 * len(slow)
         await thread.stop(1)
 
     asyncio.run(run())
