@@ -50,5 +50,7 @@ def random_state_kept() -> Iterator[None]:
     `fork_rng` does that by itself too, but writes a paragraph of advice on a machine with several GPUs unless they are
     named.
     """
-    with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type  # older torch takes every device for one of CUDA's
+    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind):
         yield
