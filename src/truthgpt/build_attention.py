@@ -11,7 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from truthgpt.attention.base import AttentionFunction, capabilities_of, obstacle_of
 from truthgpt.attention.install import check_attention, install_attention
-from truthgpt.attention.probe import HALF_TOLERANCE, TOLERANCE, dense_error, packed_errors
+from truthgpt.attention.probe import (
+    HALF_TOLERANCE,
+    LEAK_TOLERANCE,
+    TOLERANCE,
+    dense_error,
+    future_error,
+    packed_errors,
+)
 from truthgpt.build_data import TokenizedText, can_pack, packing_pays, wants_packing
 from truthgpt.config.schema import Config
 from truthgpt.errors import ConfigError, Problem
@@ -55,6 +62,18 @@ def build_attention(
         backend = Backend(FALLBACK, ATTENTION_BACKENDS.build(FALLBACK))
     check_attention(backend.name, backend.function, architecture, config.data.max_seq_len)
     return backend
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise ConfigError when tokens of `model` see those after them, which they are to predict: transformers lists BERT
+    and others of its kind among the causal models too, and they are one only as a decoder."""
+    if not future_error(model) > LEAK_TOLERANCE:  # NaN tells nothing
+        return
+    message = f"tokens of this {type(model).__name__} see those after them: nothing is left to predict"
+    hint = "choose a causal language model"
+    if getattr(model.config, "is_decoder", None) is False:
+        hint = f"set model.config.is_decoder: true, or {hint}"
+    raise ConfigError([Problem(key="model", message=message, suggestion=hint)])
 
 
 def attend(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from truthgpt.build_attention import attend, build_attention, choose_packing
+from truthgpt.build_attention import attend, build_attention, check_causal, choose_packing
 from truthgpt.build_data import bucket_bins, build_eval_loader, build_tokenizer, build_train_loader, tokenize_text
 from truthgpt.build_sources import build_text_data
 from truthgpt.config.schema import Config
@@ -23,7 +23,6 @@ from truthgpt.models.architecture import check_context, load_architecture
 from truthgpt.models.causal_lm import (
     build_causal_lm,
     causal_lm_loss,
-    check_causal,
     enable_gradient_checkpointing,
     fit_vocabulary,
     load_causal_lm,

@@ -15,7 +15,6 @@ from truthgpt.models.architecture import load_architecture
 from truthgpt.models.causal_lm import (
     build_causal_lm,
     causal_lm_loss,
-    check_causal,
     check_vocabulary,
     count_parameters,
     fit_vocabulary,
@@ -171,37 +170,6 @@ def test_vocabulary() -> None:
     with pytest.raises(ConfigError, match="256 token embeddings, the tokenizer 257 tokens"):
         fit_vocabulary(architecture, tokenizer, 256)
     check_vocabulary(257, 257)
-
-
-ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_a_model_that_sees_what_it_predicts_is_refused(model_type: str, dtype: torch.dtype) -> None:
-    for decoder in (False, True):
-        values = {"model_type": model_type, **ENCODER, "vocab_size": 257, "is_decoder": decoder}
-        model = build_causal_lm(load_architecture(None, values, trust_remote_code=False), "sdpa", 0, dtype).train()
-        model.requires_grad_(not decoder)
-        ids = torch.randint(5, 257, (1, 12), generator=torch.Generator().manual_seed(1))
-        other = ids.clone()
-        other[0, -1] += 1 if ids[0, -1] < 256 else -1
-        with torch.no_grad():
-            before, after = (model.eval()(input_ids=each).logits.float()[:, :-1] for each in (ids, other))
-        assert torch.equal(before, after) == decoder
-        model.train()
-        if decoder:
-            check_causal(model)
-        else:
-            with pytest.raises(ConfigError, match=r"LMHeadModel|CausalLM see those after .*is_decoder: true"):
-                check_causal(model)
-        assert model.training and all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_causal_models_are_taken(model_type: str) -> None:
-    architecture = load_architecture(None, {"model_type": model_type, **FAMILIES[model_type]}, trust_remote_code=False)
-    check_causal(build_causal_lm(architecture, "sdpa", seed=0))
 
 
 def test_generation_stops_at_the_tokenizers_end() -> None:

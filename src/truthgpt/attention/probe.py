@@ -1,7 +1,8 @@
 """Probes of the first minute: does this model, with this attention, compute what it should?
 
-A model may need a mask that an attention function without one does not know of, and may ignore the borders of packed
-documents without a word. Both are seen by comparing logits, on the model itself and at a length that shows it.
+A model may need a mask that an attention function without one does not know of, may ignore the borders of packed
+documents without a word, and may see the tokens that it is to predict. All are seen by comparing logits, on the model
+itself and at a length that shows it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from truthgpt.runtime.precision import in_float32
 TOLERANCE = 1e-4
 """Largest difference of float32 logits, relative to the largest logit, that is put down to rounding."""
 LEAK_TOLERANCE = 1e-6
-"""The same where nothing but a leak can make a difference: in one document, when another is exchanged."""
+"""The same where nothing but a leak can make a difference: in one document, when another is exchanged, and in the
+tokens before those that are."""
 HALF_TOLERANCE = 0.05
 """Both in half precision. Small models of five families stay below 0.006 there, and are off by 0.04 to 1.3 (one of the
 two errors by 0.14 at least) when borders are ignored."""
@@ -28,6 +30,9 @@ two errors by 0.14 at least) when borders are ignored."""
 
 PROBE_TOKENS = 1024
 """Tokens of a probe, unless the model looks back further: its logits take 4 bytes times the vocabulary each."""
+CAUSAL_PROBE_TOKENS = 16
+"""Where tokens see those after them, a few show it: random models of 17 such families by 3e-4 and more, and 140 causal
+ones stay below 3e-7."""
 _REACHES = ("sliding_window", "attention_chunk_size")
 """Settings of transformers' models that say how far some of their layers look back."""
 
@@ -64,6 +69,16 @@ def dense_error(model: PreTrainedModel, seq_len: int) -> float:
         with transformers_attention_in(model):
             reference = model(input_ids=ids, use_cache=False).logits
         return _relative(ours, reference)
+
+
+def future_error(model: PreTrainedModel) -> float:
+    """How far a model sees the tokens that it is to predict: largest difference of the logits of a row's first half,
+    relative to the largest logit, when the second half is exchanged."""
+    ids, half = _random_ids(model, CAUSAL_PROBE_TOKENS, seed=0), CAUSAL_PROBE_TOKENS // 2
+    other = torch.cat([ids[:, :half], _random_ids(model, CAUSAL_PROBE_TOKENS - half, seed=1)], dim=1)
+    with _quiet(model):
+        before, after = (model(input_ids=row, use_cache=False).logits[:, :half] for row in (ids, other))
+        return _relative(after, before)
 
 
 def packed_errors(model: PreTrainedModel, seq_len: int) -> PackedErrors:

@@ -26,7 +26,7 @@ from truthgpt.data.base import IGNORED_LABEL, Batch, LossAndLogits
 from truthgpt.errors import ConfigError, Problem
 from truthgpt.models.linear_cross_entropy import linear_cross_entropy
 from truthgpt.models.lora import ADAPTER_CONFIG
-from truthgpt.models.output_head import PROBE_TOKENS, last_hidden_states, output_head
+from truthgpt.models.output_head import last_hidden_states, output_head
 from truthgpt.models.quantized_base import nf4_config, prepare_quantized
 from truthgpt.runtime.compile import decoder_layers
 from truthgpt.runtime.flops import weight_count
@@ -34,10 +34,6 @@ from truthgpt.runtime.hub import cache_when_unreachable
 from truthgpt.runtime.seeds import derive_seed, random_state_kept
 
 logger = logging.getLogger(__name__)
-
-CAUSAL_TOLERANCE = 1e-6
-"""Gradient of later tokens, relative to the largest, that is put down to masks of large numbers; a random BERT has
-1e-3."""
 
 
 def quiet_transformers() -> None:
@@ -140,39 +136,6 @@ def check_vocabulary(model_size: int, tokenizer_size: int) -> None:
         message = f"the model has {model_size} token embeddings, the tokenizer {tokenizer_size} tokens"
         hint = f"leave it out, or set it to at least {tokenizer_size}"
         raise ConfigError([Problem(key="model.config.vocab_size", message=message, suggestion=hint)])
-
-
-def check_causal(model: PreTrainedModel) -> None:
-    """Raise ConfigError when tokens of `model` see those after them, which they are to predict.
-
-    transformers lists BERT and others of its kind among the causal models too, and they are one only as a decoder. It
-    shows in the gradient of the first logits by the embeddings: nothing but the first one has any, in whatever type.
-    """
-    embedded: list[torch.Tensor] = []
-
-    def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1] * 1.0  # no leaf, which a model could not change in place
-
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(int(model.config.get_text_config().vocab_size), (1, PROBE_TOKENS), generator=generator)
-    hook, training = model.get_input_embeddings().register_forward_hook(note), model.training
-    try:
-        with torch.enable_grad():
-            logits: torch.Tensor = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
-            (gradient,) = torch.autograd.grad(logits[:, 0].float().square().sum(), embedded[:1], allow_unused=True)
-    finally:
-        hook.remove()
-        model.train(training)
-    # By token: one of `(T, 1, D)` in XLNet. None: the model has no use for embeddings; NaN tells nothing.
-    seen = torch.zeros(2) if gradient is None else gradient.flatten(0, 1).abs().amax(-1).float()
-    if not seen[1:].max() > CAUSAL_TOLERANCE * seen.max():
-        return
-    message = f"tokens of this {type(model).__name__} see those after them: nothing is left to predict"
-    hint = "choose a causal language model"
-    if getattr(model.config, "is_decoder", None) is False:
-        hint = f"set model.config.is_decoder: true, or {hint}"
-    raise ConfigError([Problem(key="model", message=message, suggestion=hint)])
 
 
 def set_generation_defaults(

@@ -221,9 +221,6 @@ class EngineThread:
         for stream in streams:
             self._fail(stream, EngineError("the engine failed while it wrote; the server's log says why"))
 
-    def _note_load(self, load: Load) -> None:
-        self.load = load
-
     # From here on in the thread.
 
     @property
@@ -309,7 +306,7 @@ class EngineThread:
         if self._failed:
             logger.error("the engine cannot go on: every request is refused until the server is started again")
             return
-        self._call(self._note_load, self._engine.load())
+        self._call(self._receive, self._engine.load(), ())
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         """Have the event loop call `function`. Raises _LoopClosedError."""
