@@ -230,11 +230,13 @@ def test_no_worker_outlives_the_run(how: str, group: int, tmp_path: Path) -> Non
     """However it ends, and whoever gets the signal: the process alone or, as with Ctrl-C, its whole group."""
     process = multiprocessing.get_context("fork").Process(target=_tokenize_for_ever, args=(tmp_path,))
     process.start()
-    wait_until((tmp_path / "workers").exists, 30)
-    workers = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
-    assert len(workers) == 2
-    send = os.killpg if group else os.kill
     try:
+        wait_until((tmp_path / "workers").exists, 60)
+        workers = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
+        assert len(workers) == 2
+        # The run decides what a signal to the group means, and only it tells of one.
+        wait_until(lambda: all({signal.SIGINT, signal.SIGTERM} <= ignored_signals(worker) for worker in workers), 60)
+        send = os.killpg if group else os.kill
         for _ in range(3):  # C code that clears its errors can lose an interrupt, as it can lose a Ctrl-C
             send(process.pid or 0, signal.Signals[how])
             process.join(10)
@@ -245,9 +247,14 @@ def test_no_worker_outlives_the_run(how: str, group: int, tmp_path: Path) -> Non
             os.killpg(process.pid or 0, signal.SIGKILL)
             process.join()
     assert process.exitcode == (1 if how == "SIGINT" else -signal.Signals[how])
-    wait_until(lambda: not any(map(is_running, workers)), 30)
+    wait_until(lambda: not any(map(is_running, workers)), 60)
     errors = (tmp_path / "errors").read_text()
-    assert errors.count("Traceback") == errors.count("KeyboardInterrupt\n") == (1 if how == "SIGINT" else 0), errors
+    if how != "SIGINT":
+        assert errors == ""
+        return
+    # One report, the run's own; before the interrupt it may tell of an error that Python was just handling.
+    reports = [line for line in errors.splitlines() if line.startswith("Process ")]
+    assert reports == [f"Process {process.name}:"] and errors.endswith("KeyboardInterrupt\n"), errors
 
 
 ABANDONED = """
@@ -266,6 +273,11 @@ def test_leaving_without_closing_does_not_hang() -> None:
     root = Path(__file__).parents[2]
     finished = subprocess.run([sys.executable, "-c", ABANDONED], cwd=root, capture_output=True, timeout=60)
     assert finished.returncode == 0
+
+
+def ignored_signals(pid: int) -> set[int]:
+    (mask,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn:")]
+    return {number for number in range(1, 65) if int(mask.split()[1], 16) >> (number - 1) & 1}
 
 
 def is_running(pid: int) -> bool:
