@@ -49,6 +49,28 @@ def test_kernel_against_operations(dtype: torch.dtype, scale: float | None) -> N
         assert on_gpu.state[a]["step"].item() == 7
 
 
+def test_late_gradients_of_two_types() -> None:
+    """Every parameter counts its own steps, also where a step is a launch for each type."""
+    lists = []
+    for device in ("cuda", "cpu"):
+        weights = weights_on(device, torch.float32)
+        for weight in weights[1::2]:
+            weight.data = weight.data.bfloat16()
+        optimizer = AdamW(weights, **SETTINGS)
+        for step in range(12):
+            generator = torch.Generator().manual_seed(100 + step)
+            for number, weight in enumerate(weights):
+                gradient = torch.randn(weight.shape, generator=generator).to(weight.dtype).to(device)
+                weight.grad = None if step < 2 * number else gradient
+            optimizer.step()
+        lists.append([float(optimizer.state[weight]["step"]) for weight in weights])
+        lists.append([weight.detach().float().cpu() for weight in weights])
+    steps_there, there, steps_here, here = lists
+    assert steps_there == steps_here == [12.0, 10.0, 8.0, 6.0, 4.0, 2.0]
+    for number, (a, b) in enumerate(zip(there, here, strict=True)):
+        torch.testing.assert_close(a, b, rtol=8e-3 if number % 2 else 2e-5, atol=1e-6)
+
+
 def test_stochastic_rounding_is_right_in_the_mean_and_repeatable() -> None:
     ends = []
     for seed in (1, 1, 2):

@@ -49,6 +49,21 @@ def test_float32_weights_are_those_of_torch() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+def test_a_gradient_that_comes_late_begins_at_its_own_first_step() -> None:
+    """As that of an expert which no token reached before."""
+    ours, theirs = parameters(), parameters()
+    for kind, weights in ((AdamW, ours), (torch.optim.AdamW, theirs)):
+        optimizer = kind(weights, **SETTINGS)
+        for step in range(12):
+            give_gradients(weights, step)
+            for number, weight in enumerate(weights):
+                if step < 3 * number or step == 9 + number:
+                    weight.grad = None
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def test_groups_have_their_own_settings() -> None:
     ours, theirs = parameters(), parameters()
     for kind, weights in ((AdamW, ours), (torch.optim.AdamW, theirs)):

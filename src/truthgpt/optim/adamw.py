@@ -102,7 +102,8 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_add_(steps, [1.0 - skip] * len(steps))  # a skipped step does not count
         beta1, beta2 = group["betas"]
         # In float64: 1 - beta2 ** step begins at 0.001 and would lose digits that float32 does not have to spare.
-        exact = steps[0].double()
+        # Every parameter counts its own steps: an expert that no token reached has no gradient, and takes none.
+        exact = torch.stack(steps).double()
         corrections = torch.stack([1.0 - beta1**exact, (1.0 - beta2**exact).sqrt()]).float()
         numbers = {name: group[name] for name in ("lr", "eps", "weight_decay")}
         stochastic = self._rounding == "stochastic"
@@ -121,8 +122,8 @@ class AdamW(torch.optim.Optimizer):
 
             update(slots, step, self._tables.setdefault(group_index, Tables()))
         else:
-            for slot in slots:
-                _update_one(slot, step)
+            for slot, corrections in zip(slots, step.corrections.unbind(1), strict=True):
+                _update_one(slot, step, corrections)
 
     def _slot(self, parameter: Tensor, place: int) -> Slot:
         gradient = parameter.grad
@@ -161,15 +162,15 @@ def float32_copy(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
     return copy
 
 
-def _update_one(slot: Slot, step: Step) -> None:
+def _update_one(slot: Slot, step: Step, corrections: Tensor) -> None:
     """The kernel's update by PyTorch's operations."""
     weights = slot.parameter if slot.master is None else slot.master
     values = weights.float()
     gradient = slot.gradient.float() / step.scale
     exp_avg = torch.lerp(slot.exp_avg, gradient, 1.0 - step.beta1)
     exp_avg_sq = slot.exp_avg_sq * step.beta2 + gradient.square() * (1.0 - step.beta2)
-    denominator = exp_avg_sq.sqrt() / step.corrections[1] + step.eps
-    updated = values * (1.0 - step.lr * step.weight_decay) - step.lr / step.corrections[0] * exp_avg / denominator
+    denominator = exp_avg_sq.sqrt() / corrections[1] + step.eps
+    updated = values * (1.0 - step.lr * step.weight_decay) - step.lr / corrections[0] * exp_avg / denominator
     keep = step.skip != 0
     for target, value in ((slot.exp_avg, exp_avg), (slot.exp_avg_sq, exp_avg_sq)):
         target.copy_(torch.where(keep, target, value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -26,7 +26,7 @@ class Tables:
         self._last: dict[Kind, tuple[list[list[int]], torch.Tensor]] = {}
 
     def on_device(self, kind: Kind, rows: list[list[int]], device: torch.device) -> torch.Tensor:
-        """`rows` as int64 `(8, tensors)`, sent only when they changed."""
+        """`rows` as int64 `(9, tensors)`, sent only when they changed."""
         if kind not in self._last or self._last[kind][0] != rows:
             table = torch.tensor(rows, dtype=torch.int64).T.contiguous().pin_memory()
             self._last[kind] = rows, table.to(device, non_blocking=True)
@@ -39,43 +39,46 @@ def update(slots: Sequence[Slot], step: Step, tables: Tables) -> None:
     One launch for each kind: the kernel finds its tensors by their addresses, so that the hundreds of small ones of a
     model cost no launch each.
     """
-    kinds: dict[Kind, list[Slot]] = {}
-    for slot in slots:
-        kinds.setdefault((slot.parameter.dtype, slot.gradient.dtype, slot.master is not None), []).append(slot)
+    kinds: dict[Kind, dict[int, Slot]] = {}
+    for number, slot in enumerate(slots):
+        kind = slot.parameter.dtype, slot.gradient.dtype, slot.master is not None
+        kinds.setdefault(kind, {})[number] = slot
     for kind, members in kinds.items():
         dtype, gradient_dtype, has_master = kind
-        device = members[0].parameter.device
+        first = next(iter(members.values()))
+        device = first.parameter.device
         rows, blocks = _rows(members)
         table = tables.on_device(kind, rows, device)
         with torch.cuda.device(device):
             _adamw[(blocks,)](
-                table, len(members), step.corrections, step.skip, step.scale,
-                step.lr, step.beta1, step.beta2, step.eps, step.weight_decay, step.noise_seed, members[0].step,
+                table, len(members), step.corrections, len(slots), step.skip, step.scale,
+                step.lr, step.beta1, step.beta2, step.eps, step.weight_decay, step.noise_seed, first.step,
                 DTYPE=_TYPES[dtype], GRADIENT_DTYPE=_TYPES[gradient_dtype], HAS_MASTER=has_master,
                 STOCHASTIC=step.stochastic and dtype == torch.bfloat16,
                 TENSORS=triton.next_power_of_2(len(members)), BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
 
 
-def _rows(slots: Sequence[Slot]) -> tuple[list[list[int]], int]:
+def _rows(slots: Mapping[int, Slot]) -> tuple[list[list[int]], int]:
     """What the kernel knows of each tensor, and the number of blocks.
 
     Addresses of weight, gradient, the two averages and the float32 copy (0: none), number of weights, first
-    block, and weights of the optimizer before this parameter.
+    block, weights of the optimizer before this parameter, and its number among the group's.
     """
     rows: list[list[int]] = []
     blocks = 0
-    for slot in slots:
+    for number, slot in slots.items():
         master = 0 if slot.master is None else slot.master.data_ptr()
         tensors = (slot.parameter, slot.gradient, slot.exp_avg, slot.exp_avg_sq)
-        rows.append([*(tensor.data_ptr() for tensor in tensors), master, slot.parameter.numel(), blocks, slot.place])
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        rows.append([*addresses, master, slot.parameter.numel(), blocks, slot.place, number])
         blocks += -(-slot.parameter.numel() // BLOCK)
     return rows, blocks
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _adamw(  # type: ignore[no-untyped-def]
-    table, tensors, corrections, skip, scale, lr, beta1, beta2, eps, weight_decay, noise_seed, steps,
+    table, tensors, corrections, slots, skip, scale, lr, beta1, beta2, eps, weight_decay, noise_seed, steps,
     DTYPE: tl.constexpr, GRADIENT_DTYPE: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
     TENSORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +105,8 @@ def _adamw(  # type: ignore[no-untyped-def]
     v = tl.load(exp_avg_sq + places, mask=inside)
     m += (g - m) * (1 - beta1)
     v = v * beta2 + g * g * (1 - beta2)
-    denominator = tl.sqrt(v) / tl.load(corrections + 1) + eps
+    corrections += tl.load(row + 8 * tensors)
+    denominator = tl.sqrt(v) / tl.load(corrections + slots) + eps
     values = values * (1 - lr * weight_decay) - lr / tl.load(corrections) * m / denominator
     tl.store(exp_avg + places, m, mask=inside)
     tl.store(exp_avg_sq + places, v, mask=inside)

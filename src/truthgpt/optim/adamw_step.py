@@ -22,8 +22,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class Step:
-    """The numbers of one update. `corrections`: 1 - beta1^t and the root of 1 - beta2^t, float32 `(2,)`; `skip` and
-    `scale` 0-d, on the device like them."""
+    """The numbers of one update. `corrections`: 1 - beta1^t and the root of 1 - beta2^t of every slot, float32
+    `(2, slots)`; `skip` and `scale` 0-d, on the device like them."""
 
     lr: float
     beta1: float
