@@ -253,8 +253,23 @@ def test_json_of_a_resume_that_fails_before_it_begins(base: Cli) -> None:
     train(base, "training.max_steps=2")
     (base.folder / "corpus.txt").write_text("Another text.\n" * 300)
     refused = base("train", "base.yaml", "training.max_steps=4", "--resume", "auto", "--json")
-    assert refused.exit_code == 3 and refused.json is None
+    assert refused.exit_code == 3 and refused.stdout == ""
     assert json.loads((base.folder / "runs/t/status.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_before_the_run_begins_ends_it_at_once_and_leaves_the_directory_unused(
+    base: Cli, name: str
+) -> None:
+    (base.folder / "slow_parts.py").write_text(
+        "import os, signal\nfrom truthgpt.factories.optimizer import OPTIMIZERS\n\n"
+        "@OPTIMIZERS.register('slow')\ndef build_slow(params, lr):\n"
+        f"    os.kill(os.getpid(), signal.{name})\n    raise AssertionError('it went on')\n"
+    )
+    stopped = base("train", "base.yaml", "--plugin", "slow_parts", "optimizer.type=slow", "--json")
+    assert (stopped.exit_code, stopped.stdout) == (143, ""), stopped.stderr
+    assert stopped.stderr.endswith("interrupted\n") and "finishing the step" not in stopped.stderr
+    train(base, "training.max_steps=1")
 
 
 def test_early_stopping(base: Cli) -> None:

@@ -17,9 +17,17 @@ EXIT_CODES: dict[int, str] = {
     5: "non-finite: the loss or gradient stayed NaN or infinite",
     6: "run directory: in use, used before, not writable, or the disk is full",
     7: "out of memory",
-    143: "preempted: SIGTERM or Ctrl-C; the step was finished and saved",
+    143: "preempted: SIGTERM or Ctrl-C; of a run that had begun, the step was finished and saved",
 }
 """What each exit code of the command line means; the reference pages are generated from it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt that leaves the exit code to whoever catches it.
+
+    A plain KeyboardInterrupt that leaves a text given to `exec`, such as dataclasses and named tuples are made of while
+    modules are imported, is noted by Python, which under `python -m` then ends as if nobody had caught it.
+    """
 
 
 class TruthGPTError(Exception):

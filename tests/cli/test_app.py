@@ -117,6 +117,17 @@ def test_an_interrupt_is_exit_143(failing: list[BaseException], capsys: pytest.C
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_an_interrupt_before_a_command_is_chosen_is_exit_143(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.core.TyperGroup.parse_args", interrupted)
+    assert exit_code("schema") == 143
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 PLUGIN = textwrap.dedent(
     """
     from truthgpt.factories.scheduler import SCHEDULERS
@@ -228,3 +239,10 @@ def test_an_interrupt_while_modules_are_imported_is_exit_143() -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (143, "interrupted\n")
+
+
+def test_an_interrupt_within_a_text_that_is_executed_is_exit_143(tmp_path: Path) -> None:
+    """As dataclasses do while modules are imported: under `python -m` Python itself would end with SIGINT's code."""
+    (tmp_path / "interrupting.py").write_text("exec('import signal; signal.raise_signal(signal.SIGINT)')\n")
+    done = run("--plugin", "interrupting", "schema", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "interrupted\n")

@@ -116,6 +116,7 @@ def test_commands(piped: Piped, tmp_path: Path) -> None:
         "/reset        forget what was said",
     ):
         assert said in piped.stderr
+    assert piped("/quit\nnever asked\n") == "" and piped.engine.asked == []
     piped("/system x\n/system\nhi\n", "--system", "y")
     assert piped.asked()[0].startswith("<|im_start|>user\nhi")
 

@@ -74,6 +74,9 @@ def test_a_file_that_is_there_is_replaced_only_when_asked_and_only_by_all_answer
     refused = cli("generate", "nowhere", *asked("a"), "--out", out.name)  # before the model is looked for
     message = "error: --out: kept.jsonl is there already: give another --out, or --overwrite to replace it"
     assert (refused.exit_code, refused.stderr.strip()) == (6, message)
+    for name, why in (("nowhere/out", "there is no folder nowhere"), ("x" * 300, "File name too long")):
+        refused = cli("generate", "nowhere", *asked("a"), "--out", name)
+        assert (refused.exit_code, refused.stderr) == (6, f"error: --out: {name} cannot be written: {why}\n")
     before = sorted(cli.folder.iterdir())
     no_room = ("--cache-memory", "0.0078125MiB", "--max-new-tokens", "20")
     failed = cli("generate", "m", *asked("def f("), *no_room, "--out", out.name, "--overwrite")
@@ -208,7 +211,6 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "tokens": (["--max-new-tokens", "0"], 2, "max_new_tokens: 0 is not allowed: give 1 or more"),
     "cache": (["--kv-cache", "huge"], 2, "--kv-cache"),
     "two sources": (["--prompts", "p.txt"], 2, "give either --prompt TEXT (repeatable) or --prompts FILE"),
-    "no folder": (["--out", "nowhere/out.jsonl"], 6, "--out: nowhere/out.jsonl cannot be written: No such file"),
     "a folder": (["--out", "m"], 6, "--out: m is a folder: name a file in it"),
     "nothing to replace": (["--overwrite"], 2, "--overwrite is read with --out only; leave it out"),
 }

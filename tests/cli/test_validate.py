@@ -12,6 +12,10 @@ import pytest
 
 from truthgpt.cli.app import main
 from truthgpt.cli.output import split_arguments
+from truthgpt.data.paths import resolve_files
+from truthgpt.errors import DataError
+from truthgpt.factories.datasets import DATASETS
+from truthgpt.factories.registry import NoOptions
 
 
 def validate(*arguments: str) -> int:
@@ -100,6 +104,55 @@ def test_listed_plugins_run_only_when_allowed(
 def test_plugins_of_the_wrong_kind_are_left_to_validation(capsys: pytest.CaptureFixture[str]) -> None:
     assert validate("plugins=os", "--allow-plugins") == 2
     assert "plugins: must be a list" in capsys.readouterr().err
+
+
+def test_data_that_is_not_there_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the words of training, which stops; the configuration is right where it is trained all the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a.txt").write_text("a")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    Path("my.yaml").write_text(
+        "extends: llm_default\ndata:\n  source: text\n  path: [here, 'here/*.txt', none.txt, 'here/*.md', gone.txt]\n"
+        "  validation_path: none\n"
+    )
+    said = []
+    for pattern in ("none.txt", "here/*.md", "gone.txt", "none"):
+        with pytest.raises(DataError) as caught:
+            resolve_files([pattern])
+        said.append(f"warning: my.yaml:{5 if pattern == 'none' else 4}: data.{{}}: {caught.value}")
+    lines = [line.format("validation_path" if line.startswith("warning: my.yaml:5") else "path") for line in said]
+    assert validate("my.yaml") == 0
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()) == ("my.yaml: ok\n", lines)
+    assert validate("my.yaml", "--json") == 0
+    out, err = capsys.readouterr()
+    assert errors_of(out) == [] and err.splitlines() == lines
+    mixture = "data={sources: [{source: text, path: here}, {source: jsonl, path: none.jsonl}]}"
+    assert validate("llm_default", mixture) == 0
+    assert "warning: data.sources[1].path: data path 'none.jsonl': no file found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "{source: hf, dataset: some/name}",
+        "{source: webdataset, path: 'shard-{000..009}.tar'}",
+        "{source: elsewhere, path: 'bucket:texts'}",
+    ],
+)
+def test_what_is_no_path_of_this_machine_is_not_looked_for(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def build_elsewhere(path: list[str]) -> None:
+        """Never called."""
+
+    DATASETS.register("elsewhere", options=NoOptions)(build_elsewhere)
+    try:
+        assert validate("llm_default", f"data={data}") == 0
+    finally:
+        DATASETS.unregister("elsewhere")
+    assert capsys.readouterr() == ("llm_default: ok\n", "")
 
 
 def test_the_first_argument_without_an_equals_sign_is_the_file() -> None:

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from truthgpt.errors import Interrupted
 from truthgpt.runtime.stop_signal import StopSignal
 
 
@@ -42,6 +43,30 @@ def test_the_second_signal_ends_the_process_at_once(pair: tuple[str, str]) -> No
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
     assert (done.returncode, done.stdout) == (143, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("lost", [False, True])
+def test_breaking_off_needs_no_second_signal(
+    number: signal.Signals, lost: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not where a library loses the interrupt either, or makes another error of it."""
+    after = []
+    with StopSignal() as stop:
+        with pytest.raises(Interrupted), stop.breaking_off():
+            try:
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt:
+                after.append("raised at once")
+                if not lost:
+                    raise ImportError from None
+        assert after == ["raised at once"] and stop.requested
+    assert capfd.readouterr().err == ""
+    with StopSignal() as stop:
+        with stop.breaking_off():
+            pass
+        os.kill(os.getpid(), number)
+        assert stop.requested, "the next one is remembered alone"
 
 
 def test_outside_the_main_thread_nothing_is_installed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import re
@@ -19,14 +21,19 @@ import openai
 import pytest
 import uvicorn
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 import truthgpt.serving.server
 from tests.process import Cli, Running
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.server import RunningServer, serving, wait_until
 from truthgpt.errors import ConfigError
+from truthgpt.models.tokenizer import byte_tokenizer
 from truthgpt.serving.engine_thread import EngineThread
 from truthgpt.serving.guards import is_loopback
+from truthgpt.serving.openai_api import create_app
 from truthgpt.serving.packages import require_server_packages
 from truthgpt.serving.server import ServerOptions, bind, run_app
 
@@ -118,6 +125,41 @@ def test_connections_stay_open_longer_than_clients_keep_theirs(monkeypatch: pyte
         run_app(Starlette(), EngineThread(FakeEngine()), bound, lambda: None)
     clients = httpx.Limits().keepalive_expiry
     assert clients is not None and opened[0].timeout_keep_alive > 2 * clients
+
+
+def test_an_answer_that_is_broken_off_at_the_end_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """As for a client that does not read, whose answer waits for room; a real error is told with its traceback."""
+    broken_off: list[BaseException] = []
+
+    async def stuck(request: Request) -> Response:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as error:
+            broken_off.append(error)
+            raise
+        raise AssertionError
+
+    async def fail(request: Request) -> Response:
+        raise ZeroDivisionError
+
+    with bind("127.0.0.1", 0) as bound:
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+        def ask() -> None:
+            assert httpx.get(f"{url}/fail").status_code == 500
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.get(f"{url}/stuck", timeout=60)
+
+        client = threading.Thread(target=ask)
+        thread = EngineThread(FakeEngine())
+        app = create_app(thread, byte_tokenizer(), routes=[Route("/stuck", stuck), Route("/fail", fail)])
+        run_app(app, thread, bound, client.start)
+        client.join()
+    assert broken_off
+    told = [record.exc_info[0] for record in caplog.records if record.exc_info]
+    assert told == [ZeroDivisionError]
 
 
 def test_a_host_that_is_no_address() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -58,12 +59,23 @@ class _Commands(_Listed):
             _refuse_keys_as_options(rest, _options_of(command))
         return found
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        with _interrupts():
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _interrupts():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("interrupted")
-            raise typer.Exit(EXIT_PREEMPTED) from None
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Before typer sees an interrupt, which has an exit code of its own for it and says nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(EXIT_PREEMPTED) from None
 
 
 # Without rich: it would add 0.1 s to every command, and error messages here are made for one line each.

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 _HELP = """/system TEXT  what stands in front of the conversation; without TEXT: nothing
 /reset        forget what was said, the system message aside
 /save FILE    write the messages as JSON
-/exit         leave, as Ctrl-D does; Ctrl-C stops an answer
+/exit, /quit  leave, as Ctrl-D does; Ctrl-C stops an answer
 //...         a message that begins with /"""
+_LEAVE = ("/exit", "/quit")
 _ENDED = {"length": ", the most that were allowed", "cancelled": ", stopped", "error": ", its logits are not finite"}
 
 
@@ -106,9 +107,9 @@ class _Session:
             self._save(argument)
         elif command == "/help":
             say(_HELP)
-        elif command != "/exit":
+        elif command not in _LEAVE:
             say(f"there is no command {command}; /help lists them, and // begins a message with /")
-        return command != "/exit"
+        return command not in _LEAVE
 
     def _save(self, name: str) -> None:
         if not name:

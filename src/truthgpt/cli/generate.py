@@ -73,7 +73,8 @@ def generate(
     """Continue prompts with a run's model, a checkpoint or a Hugging Face folder."""
     if overwrite and out is None:
         raise ConfigError("--overwrite is read with --out only; leave it out")
-    _refuse_occupied(out, overwrite)
+    if out is not None:
+        _check_out(out, overwrite)
     texts = _prompts(prompt, prompts)
     size = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
     from truthgpt.inference.generate import generate_texts
@@ -138,11 +139,14 @@ def _prompt_of(line: str, where: str) -> str:
     return str(row["prompt"])
 
 
-def _refuse_occupied(out: Path | None, overwrite: bool) -> None:
-    if out is not None and out.is_dir():
-        raise RunDirectoryError(f"--out: {out} is a folder: name a file in it")
-    if out is not None and _is_occupied(out) and not overwrite:
-        raise RunDirectoryError(f"--out: {out} is there already: give another --out, or --overwrite to replace it")
+def _check_out(out: Path, overwrite: bool) -> None:
+    with _unwritable(out):
+        if out.is_dir():
+            raise RunDirectoryError(f"--out: {out} is a folder: name a file in it")
+        if not out.parent.is_dir():
+            raise RunDirectoryError(f"--out: {out} cannot be written: there is no folder {out.parent}")
+        if _is_occupied(out) and not overwrite:
+            raise RunDirectoryError(f"--out: {out} is there already: give another --out, or --overwrite to replace it")
 
 
 def _is_occupied(out: Path) -> bool:
@@ -157,17 +161,25 @@ def _lines(out: Path | None, overwrite: bool) -> Iterator[IO[str] | None]:
     if out is None:
         yield None
         return
-    _refuse_occupied(out, overwrite)  # again: loading a model takes a while
+    _check_out(out, overwrite)  # again: loading a model takes a while
     replaced = out.resolve() if _is_occupied(out) else None
     written = out if replaced is None else temporary_beside(replaced)
     try:
-        with written.open("w", encoding="utf-8", buffering=1) as file:
-            yield file
-        if replaced is not None:
-            shutil.copymode(replaced, written)
-            commit_file(written, replaced)
-    except OSError as error:  # at the beginning, or when the disk is full
-        raise RunDirectoryError(f"--out: {out} cannot be written: {error.strerror}") from error
+        with _unwritable(out):
+            with written.open("w", encoding="utf-8", buffering=1) as file:
+                yield file
+            if replaced is not None:
+                shutil.copymode(replaced, written)
+                commit_file(written, replaced)
     finally:
         if replaced is not None:
             written.unlink(missing_ok=True)
+
+
+@contextmanager
+def _unwritable(out: Path) -> Iterator[None]:
+    """Say so of an OSError: of a name that is too long, a folder of somebody else's, a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(f"--out: {out} cannot be written: {error.strerror}") from error

@@ -60,8 +60,8 @@ def train(
                 _train(raw, config, run, stop)
                 status = run.read_status
             finally:
-                if json_output:
-                    emit_json(status())
+                if json_output and (final := status()) is not None:
+                    emit_json(final)
     finally:
         detach(console)
 
@@ -110,7 +110,8 @@ def _train(raw: RawConfig, config: Config, run: RunDirectory, stop: StopSignal) 
             say(f"resuming with changed settings: {', '.join(changed)}")
     log = attach_run_log(run.log)
     try:
-        trainer = _build(raw, config, run, stop)
+        with stop.breaking_off():
+            trainer = _build(raw, config, run, stop)
         trainer.train()
     finally:
         detach(log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -27,23 +28,28 @@ def resolve_files(patterns: Sequence[str], suffix: str | tuple[str, ...] | None 
     """
     files: dict[Path, Path] = {}
     for pattern in patterns:
-        if not pattern:  # which `Path` takes for the working directory
-            raise DataError("data path '': the path is empty; give a file, folder or glob ('.': the working directory)")
-        try:
+        with _looking_at(pattern):
             matches = list(_match(Path(pattern).expanduser(), suffix))
-        except OSError as error:
-            raise DataError(f"data path {pattern[:200]!r}: cannot be looked at: {error.strerror}; check it") from error
         if not matches:
             wanted = f"no {suffix if isinstance(suffix, str) else ' or '.join(suffix)} file" if suffix else "no file"
-            raise DataError(
-                f"data path {pattern!r}: {wanted} found (working directory {Path.cwd()}); give an existing file, "
-                "a folder with files in it, or a glob such as 'texts/**/*.txt'"
-            )
+            raise _nothing_found(pattern, wanted)
         for match in matches:
             files.setdefault(match.resolve(), match)
     if not files:
         raise DataError("data path: the list is empty; give at least one file, folder or glob")
     return list(files.values())
+
+
+def look_for(pattern: str) -> None:
+    """Look whether there is anything at all that `pattern` names, without listing what is in a folder.
+
+    Raises:
+        DataError: as `resolve_files`, which wants files of a kind and so may still find none.
+    """
+    with _looking_at(pattern):
+        found = any(match.is_dir() or _is_file(match) for match in _named(Path(pattern).expanduser()))
+    if not found:
+        raise _nothing_found(pattern, "no file")
 
 
 def file_keys(files: Sequence[Path]) -> list[str]:
@@ -53,11 +59,32 @@ def file_keys(files: Sequence[Path]) -> list[str]:
     return [file.relative_to(common).as_posix() for file in resolved]
 
 
-def _match(path: Path, suffix: str | tuple[str, ...] | None) -> Iterator[Path]:
-    """Files of one pattern, sorted. An existing path wins over its reading as a glob (`notes[1].txt`)."""
+@contextlib.contextmanager
+def _looking_at(pattern: str) -> Iterator[None]:
+    if not pattern:  # which `Path` takes for the working directory
+        raise DataError("data path '': the path is empty; give a file, folder or glob ('.': the working directory)")
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"data path {pattern[:200]!r}: cannot be looked at: {error.strerror}; check it") from error
+
+
+def _nothing_found(pattern: str, wanted: str) -> DataError:
+    return DataError(
+        f"data path {pattern!r}: {wanted} found (working directory {Path.cwd()}); give an existing file, "
+        "a folder with files in it, or a glob such as 'texts/**/*.txt'"
+    )
+
+
+def _named(path: Path) -> Iterator[Path]:
+    """What is there of one pattern. An existing path wins over its reading as a glob (`notes[1].txt`)."""
     # Path.glob takes no absolute pattern and lets `*` match hidden files.
-    names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
-    for match in map(Path, names):
+    return iter((path,)) if path.exists() else map(Path, glob.iglob(str(path), recursive=True))  # noqa: PTH207
+
+
+def _match(path: Path, suffix: str | tuple[str, ...] | None) -> Iterator[Path]:
+    """Files of one pattern, sorted."""
+    for match in map(Path, sorted(map(str, _named(path)))):
         if match.is_dir():
             yield from _files_below(match, suffix)
         elif _is_file(match):

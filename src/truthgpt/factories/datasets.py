@@ -27,6 +27,9 @@ BUNDLES: dict[str, tuple[str, ...]] = {
 KEYS: tuple[str, ...] = ("path", "dataset", "subset", "split", "streaming", *(k for b in BUNDLES.values() for k in b))
 """Keys of `data.*` that a source may read."""
 
+LOCAL_FILES = frozenset({"text", "jsonl", "hf", "webdataset", "image_folder"})
+"""Sources whose `data.path` is files and folders of this machine; what a plugin's is, it knows alone."""
+
 DATASETS = Registry("data source", runtime=(*KEYS, *BUNDLES, "classes"))
 
 

@@ -6,16 +6,18 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from truthgpt.errors import EXIT_PREEMPTED
+from truthgpt.errors import EXIT_PREEMPTED, Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
     """Context manager that remembers the first SIGTERM or SIGINT; the second one ends the process at once (exit 143).
+    Within `breaking_off` the first one is raised too.
 
     Files are written atomically, so that leaving at once tears none. Outside the main thread, where Python allows no
     signal handlers, nothing is installed.
@@ -27,6 +29,7 @@ class StopSignal:
         self.name: str | None = None
         """Which one: `SIGTERM` or `SIGINT`."""
         self._previous: dict[signal.Signals, Any] = {}
+        self._breaks_off = False
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -41,10 +44,26 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
+    @contextlib.contextmanager
+    def breaking_off(self) -> Iterator[None]:
+        """Raise `Interrupted` at a signal, for as long as there is nothing that could be saved.
+
+        At the end it is raised again: libraries that are being imported can lose it, or make another error of it.
+        """
+        self._breaks_off = True
+        try:
+            yield
+        finally:
+            self._breaks_off = False
+            if self.requested:
+                raise Interrupted
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             os._exit(EXIT_PREEMPTED)
         self.requested, self.name = True, signal.Signals(number).name
+        if self._breaks_off:
+            raise Interrupted
         # Said here and not by the loop, which may be seconds away from looking: who sees nothing happen presses Ctrl-C
         # again. Not through the logger, which may be in the middle of a line that this handler interrupted.
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -144,12 +145,20 @@ def run_app(app: ASGIApp, thread: EngineThread, bound: socket.socket, on_ready: 
         # The thread ends the answers before that; this is for clients that do not read them.
         timeout_graceful_shutdown=int(STOP_DEADLINE_S) + 2,
     )
-    before = sys.getswitchinterval()
+    before, log = sys.getswitchinterval(), logging.getLogger("uvicorn.error")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    log.addFilter(_tells_of_an_error)
     try:
         _Server(config, thread, on_ready).run(sockets=[bound])
     finally:
+        log.removeFilter(_tells_of_an_error)
         sys.setswitchinterval(before)
+
+
+def _tells_of_an_error(record: logging.LogRecord) -> bool:
+    """Not that an answer was broken off at the end, for a client that does not read it: uvicorn takes that for an error
+    of the application, and shows its traceback."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 class _Server(uvicorn.Server):
