@@ -158,12 +158,6 @@ def test_seeds_and_epochs_have_their_own_orders() -> None:
     assert samples_of(take(loader(40), 3, 1)[0]) == loader(40).sample_indices(3)
 
 
-@pytest.fixture(autouse=True)
-def _no_handler_of_torch() -> None:
-    """A DataLoader of another test in this process leaves one behind, which raises when our processes are killed."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
 def no_child_left() -> bool:
     gc.collect()
     return multiprocessing.active_children() == []
