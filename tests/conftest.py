@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported: two pytest workers on two cores must not each start two compute threads.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,6 +21,11 @@ from tests.process import Cli, block_network
 # A shell that starts the tests in the background has them ignore Ctrl-C, and with them all that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# An example may take as long as the machine is busy. All else stays: in continuous integration the examples are fixed.
+settings.register_profile("tests", parent=settings.default, deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,6 +40,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("TRUTHGPT_CACHE_DIR", "HF_DATASETS_CACHE"):
             patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_signal_handlers() -> Iterator[None]:
+    """A DataLoader leaves a handler behind that raises wherever the next test is when it kills a process."""
+    numbers = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture

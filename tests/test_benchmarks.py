@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,8 @@ def measure_data(
 ) -> Callable[..., dict[str, dict[str, Any]]]:
     """Runs sections of `data.py`; figures by name."""
     script, measurements = load("data"), load("data_measurements")
+    # `datasets` puts a copy in its place when it maps in processes, in which the cache would stay for all later tests.
+    monkeypatch.setattr(os, "environ", os.environ)
 
     def measure(name: str, work: Any, cache: str) -> Any:
         monkeypatch.setenv("TRUTHGPT_CACHE_DIR", str(work.folder / cache))

@@ -98,6 +98,9 @@ def test_levels_against_a_server_that_refuses(load: Load) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         at_once[0] += 1
         at_once[1] = max(at_once)
+        if at_once[0] == 3:
+            three.set()
+        await asyncio.wait_for(three.wait(), 60)  # the first ones: a slow machine may send them one after the other
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(next(line for line in head.split(b"\r\n") if line.startswith(b"Content-Length")).split()[1])
         body = json.loads(await reader.readexactly(length))
@@ -112,6 +115,8 @@ def test_levels_against_a_server_that_refuses(load: Load) -> None:
             writer.write(HEAD + chunked(event("a" * (count - 1)), event("b", "length"), usage(count), DONE))
         await writer.drain()
         writer.close()
+
+    three = asyncio.Event()
 
     async def both() -> dict[str, Any]:
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:

@@ -141,7 +141,7 @@ def test_a_stop_ends_the_loader_processes(cli: Cli) -> None:
     for its children before it ends, and they ignore the SIGTERM that it sends them."""
     write_sources(cli.folder)
     command = ["train", "base.yaml", *PLUGIN, *SOURCES["jsonl"], "data.num_workers=1", "training.eval_interval=3"]
-    stopped = cli.start(*command, env={"KILL_AT": "on_step:5", "KILL_SIGNAL": "SIGTERM"}).wait(timeout_s=30)
+    stopped = cli.start(*command, env={"KILL_AT": "on_step:5", "KILL_SIGNAL": "SIGTERM"}).wait()
     assert stopped.exit_code == 143, stopped.stderr
 
 

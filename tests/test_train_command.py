@@ -170,7 +170,7 @@ def test_next_can_be_typed_where_no_environment_is_activated(base: Cli) -> None:
     for path, name in (("/usr/bin:/bin", "'my env/truthgpt'"), (f"{program.parent}:/usr/bin:/bin", "truthgpt")):
         command = ["my env/truthgpt", "train", "base.yaml", "training.max_steps=1", "--overwrite"]
         finished = subprocess.run(
-            command, cwd=base.folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
+            command, cwd=base.folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120
         )
         assert f"\n  {name} generate runs/t" in finished.stderr, finished.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import pty
@@ -28,7 +29,9 @@ def run_small(printer: PrintLogger, folder: Path) -> None:
     printer.on_end(state_at(1100), end_facts(1100))
 
 
-def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = itertools.count(1000.0, 0.001)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now_s))
     run_small(PrintLogger(), tmp_path)
     output = capsys.readouterr()
     assert output.out == ""

@@ -154,7 +154,7 @@ import truthgpt.cli.chat
 from tests.inference.scripted_engine import ScriptedEngine
 from tests.inference.test_conversation import NO_SYSTEM, tokenizer
 made = tokenizer(NO_SYSTEM)
-engine = ScriptedEngine(made, ["hello\\x1b[31m", "y" * 400, "after"], wait_s=0.01)
+engine = ScriptedEngine(made, ["hello\\x1b[31m", "y" * 4000, "after"], wait_s=0.01)
 truthgpt.cli.chat._engine = lambda target, device: contextlib.nullcontext((engine, made))
 from truthgpt.cli.app import main
 main(["chat", "model", *sys.argv[1:]])
@@ -260,7 +260,7 @@ def test_saved_partial_answer_and_exit(terminal: Terminal, tmp_path: Path) -> No
     terminal.type("/save saved.json\n")
     terminal.see("wrote 4 messages")
     messages = json.loads((tmp_path / "saved.json").read_text())
-    assert set(messages[-1]["content"]) == {"y"} and 4 <= len(messages[-1]["content"]) < 400
+    assert set(messages[-1]["content"]) == {"y"} and 4 <= len(messages[-1]["content"]) < 4000
     terminal.see("> ")
     terminal.type("/exit\n")
     assert terminal.wait() == 0

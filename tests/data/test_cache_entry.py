@@ -44,7 +44,7 @@ def start(*arguments: Path) -> multiprocessing.process.BaseProcess:
 
 
 def await_(found: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not found():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -116,14 +116,14 @@ def test_a_third_finds_the_lock_of_the_one_that_waited(tmp_path: Path, caplog: p
     def second() -> None:
         with exclusive_maker(folder, "making it"):
             entered.set()
-            go.wait(30)
+            go.wait(60)
 
     waiting = threading.Thread(target=second, daemon=True)
     with exclusive_maker(folder, "making it"):
         waiting.start()
         await_(lambda: "waiting for it" in caplog.text)
         assert not entered.is_set()
-    assert entered.wait(30)
+    assert entered.wait(60)
     assert names(tmp_path) == [".0a.lock"]
     go.set()
     waiting.join()

@@ -53,7 +53,7 @@ DROPS_THINKING = """{%- set ns = namespace(last=-1) -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
 HEADERS = (
-    "{{ bos_token }}<|head|>system<|/head|>\n\nToday: {{ strftime_now('%Y') }}<|eot|>"
+    "{{ bos_token }}<|head|>system<|/head|>\n\nToday: {{ strftime_now('a day') }}<|eot|>"
     "{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
 )
@@ -103,7 +103,7 @@ def drops_thinking_pieces(messages: Sequence[Message]) -> Pieces:
 
 
 def headers_pieces(messages: Sequence[Message]) -> Pieces:
-    pieces: Pieces = [(f"{BOS}<|head|>system<|/head|>\n\nToday: {datetime.now().year}<|eot|>", False)]
+    pieces: Pieces = [(f"{BOS}<|head|>system<|/head|>\n\nToday: a day<|eot|>", False)]
     for m in messages:
         pieces += [(f"<|head|>{m['role']}<|/head|>\n\n", False)]
         pieces += [(m["content"].strip() + "<|eot|>", m["role"] == "assistant")]

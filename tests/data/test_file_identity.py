@@ -73,8 +73,10 @@ def test_files_are_read_once_a_process(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_file_that_changed_just_now_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s)  # it stays just now, however long the test takes
     files = write(tmp_path, a=b"one")
-    now_ns = time.time_ns()
+    now_ns = int(now_s * 1e9)
     os.utime(files[0], ns=(now_ns, now_ns))
     before = content_fingerprint(files)
     files[0].write_bytes(b"onE")
@@ -83,7 +85,11 @@ def test_file_that_changed_just_now_is_read_again(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(("seconds", "recent"), [(-3600, True), (0, True), (1, True), (4, False)])
-def test_recent_times_are_found_in_an_identity(tmp_path: Path, seconds: float, recent: bool) -> None:
+def test_recent_times_are_found_in_an_identity(
+    tmp_path: Path, seconds: float, recent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s)
     files = write(tmp_path, a=b"one", b=b"two")
     age(files[:1], 60)
     age(files[1:], seconds)

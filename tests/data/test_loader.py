@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,12 +159,6 @@ def test_seeds_and_epochs_have_their_own_orders() -> None:
     assert samples_of(take(loader(40), 3, 1)[0]) == loader(40).sample_indices(3)
 
 
-@pytest.fixture(autouse=True)
-def _no_handler_of_torch() -> None:
-    """A DataLoader of another test in this process leaves one behind, which raises when our processes are killed."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
 def no_child_left() -> bool:
     gc.collect()
     return multiprocessing.active_children() == []
@@ -291,7 +286,7 @@ def test_process_that_dies_is_named(failure: Callable[[], None], message: str) -
     started = time.monotonic()
     with pytest.raises(DataError, match=rf"data loader process [01] \(pid \d+\) (was )?{message}.*num_workers"):
         take(loader(dataset=Broken(failure), workers=2), 0, 4)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     assert no_child_left()
 
 
@@ -361,7 +356,7 @@ def test_no_orphans_when_the_parent_ends_without_closing(begun: str, ending: str
         [sys.executable, "-c", f"{run_as_module}\n{PARENT}{PASSES[begun]}{tell}\n{ending}"],
         stdout=subprocess.PIPE,
         env=environment,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     ended_s = time.monotonic()
@@ -369,17 +364,15 @@ def test_no_orphans_when_the_parent_ends_without_closing(begun: str, ending: str
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
     while any(_exists(pid) for pid in pids):
-        assert time.monotonic() - ended_s < 30
+        assert time.monotonic() - ended_s < 60
         time.sleep(0.1)
 
 
 def _exists(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # it may go between opening and reading
         return False
-    with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
-        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def fail_hanging() -> None:

@@ -78,7 +78,7 @@ def test_same_runs_in_the_same_order(seed: int, processes: int) -> None:
 
 
 @given(sizes=st.lists(st.integers(0, 40), max_size=60))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_batches_hold_every_document_and_not_too_much(sizes: list[int]) -> None:
     documents = [Document(str(i), (Segment("x" * size),), "here") for i, size in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patch:
@@ -175,14 +175,15 @@ def test_killed_worker_is_named(victim: int) -> None:
     documents = [Document(str(i), (Segment("x" * 100),), "here") for i in range(1000)]
     with closing(parallel_runs(byte_encoder(), documents, 2)) as runs:
         next(runs)
-        children = sorted(multiprocessing.active_children(), key=lambda child: child.pid or 0)
+        # Not by their ids, which begin again at the smallest when the largest has been given out.
+        children = sorted(multiprocessing.active_children(), key=lambda child: int(child.name.rpartition("-")[2]))
         children[victim].kill()
         started_s = time.monotonic()
         with pytest.raises(
             DataError, match=rf"process {victim} .*was killed by signal 9 \(SIGKILL\).*data.num_workers"
         ):
             list(runs)
-        assert time.monotonic() - started_s < 30
+        assert time.monotonic() - started_s < 60
     assert multiprocessing.active_children() == []
 
 
@@ -311,7 +312,10 @@ def _peaks(answer: Connection[Any, Any]) -> None:
 def test_a_huge_document_is_not_copied_often() -> None:
     context = multiprocessing.get_context("fork")
     answer, theirs = context.Pipe()
-    context.Process(target=_peaks, args=(theirs,)).start()
+    process = context.Process(target=_peaks, args=(theirs,))
+    process.start()
+    theirs.close()  # else a process that fails is waited for for ever
     tokens, (before, after) = answer.recv()
+    process.join()  # else it may still be there where the next test counts processes
     assert tokens == (2 * (2**20 // 9) + 5 * 2**20 // 9) * 9
     assert after - before < 4 * 4 * 2**20

@@ -207,7 +207,7 @@ def _start(*arguments: Path) -> multiprocessing.process.BaseProcess:
 
 
 def _await(found: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not found():
         assert time.monotonic() < deadline
         time.sleep(0.02)

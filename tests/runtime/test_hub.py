@@ -48,9 +48,12 @@ def test_a_hub_that_answers_and_a_folder_change_nothing(
 
 def test_what_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]  # taken throughout: nobody else can listen there meanwhile
+        assert unreachable(f"http://127.0.0.1:{port}") is not None
+        with monkeypatch.context() as patch:
+            patch.setattr("urllib.request.getproxies", lambda: {"http": "proxy"})
+            assert unreachable(f"http://127.0.0.1:{port}") is None
+        server.listen()
         assert unreachable(f"http://127.0.0.1:{port}") is None
-    assert unreachable(f"http://127.0.0.1:{port}") is not None
-    monkeypatch.setattr("urllib.request.getproxies", lambda: {"http": "proxy"})
-    assert unreachable(f"http://127.0.0.1:{port}") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from truthgpt.serving.page_app import ModelFacts, page_routes
 
 CHROMIUM = Path("/usr/bin/chromium")
 TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}[assistant]"
-WAIT_MS = 10_000
+WAIT_MS = 60_000
 
 
 @contextmanager
@@ -50,11 +51,10 @@ class Tab:
 
     def until(self, holds: Callable[[], bool]) -> None:
         """Wait until `holds` does. Playwright's own way evaluates a string, which the page's policy forbids."""
-        for _ in range(WAIT_MS // 10):
-            if holds():
-                return
+        end_s = time.monotonic() + WAIT_MS / 1000
+        while not holds():
+            assert time.monotonic() < end_s, "it did not come about in time"
             self.page.wait_for_timeout(10)
-        raise AssertionError("it did not come about in time")
 
     def wait_for_end(self) -> None:
         """Wait until nothing is written."""

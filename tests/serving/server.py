@@ -50,15 +50,16 @@ def serving(
     api_key: str | None = None,
     shorten: bool = False,
     routes: Sequence[BaseRoute] = (),
+    end_s: int = 2,
 ) -> Iterator[RunningServer]:
-    """Serve inside the block. At its end the server has to stop in time."""
+    """Serve inside the block. At its end the server has to stop in time; answers under way have `end_s` to end."""
     engine = engine or FakeEngine()
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     thread = EngineThread(engine, max_waiting)
     app = create_app(thread, tokenizer, hosts=hosts, api_key=api_key, shorten=shorten, routes=routes)
     with bind("127.0.0.1", 0) as bound:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=end_s))
         running = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)
         running.start()
         wait_until(lambda: server.started)
@@ -67,12 +68,12 @@ def serving(
             yield running_server
         finally:
             server.should_exit = True
-            running.join(20)
+            running.join(60)
             running_server.client.close()
             assert not running.is_alive(), "the server does not stop"
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Wait for something that another thread does."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -86,29 +87,29 @@ def prompt_text(engine: FakeEngine, index: int = -1) -> str:
 
 
 def test_an_answer_is_shown_as_it_is_written(open_page: Open) -> None:
-    engine = FakeEngine(step_s=0.02)
+    gate = threading.Semaphore(0)
+
+    def let_through() -> None:
+        assert gate.acquire(timeout=60), "nobody opened the gate"
+
+    engine = FakeEngine(step_s=0.02, before_step=let_through)
     tab = open_page(engine)
     tab.set("max_tokens", "40")
+    asked_s = time.monotonic()
     tab.send("hello")
-    lengths = tab.page.evaluate(
-        """() => new Promise((resolve) => {
-            const seen = new Set();
-            const answer = document.querySelector("#log-chat .answer");
-            const look = () => {
-                seen.add(answer.textContent.length);
-                if (document.querySelector(".writing")) requestAnimationFrame(look); else resolve([...seen]);
-            };
-            look();
-        })"""
-    )
-    assert len([length for length in lengths if 0 < length < 40]) > 5
+    for tokens in range(5, 41, 5):
+        gate.release(5)
+        tab.until(lambda tokens=tokens: len(tab.answer()) == tokens)
+    tab.wait_for_end()
+    took_s = time.monotonic() - asked_s
     prompt_ids, sampling = engine.submitted[0]
     assert prompt_text(engine) == "[user]hello\n[assistant]"
     assert tab.answer() == expected_text(prompt_ids, sampling.seed, 40)
     figures = tab.figures()
     said = re.fullmatch(r"40 tokens · ([\d.]+) tokens/s · first after (\d\.\d\d) s · seed \d+ · limit reached", figures)
     assert said is not None, figures
-    assert 5 < float(said[1]) <= 50 and float(said[2]) >= 0.02  # it writes 50 a second at most
+    assert 0.02 <= float(said[2]) <= took_s
+    assert 39 / took_s - 0.1 <= float(said[1]) <= 50  # it writes 50 a second at most
     assert f"seed {sampling.seed}" in figures
     assert tab.page.locator("#announcer").text_content() == tab.answer()
 
@@ -180,7 +181,7 @@ def test_stopping_cancels_the_request_and_keeps_what_is_written(open_page: Open,
     tab.set("max_tokens", "4")
     tab.ask("again")
     assert len(tab.answer()) == 4
-    assert engine.cancelled == [1]
+    tab.until(lambda: engine.cancelled == [1])
     assert f"[assistant]{written}\n[user]again" in prompt_text(engine)
 
 
