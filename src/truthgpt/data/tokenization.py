@@ -233,10 +233,13 @@ class DocumentEncoder:
         ends_behind = offsets[:, 1] >= (chat.answered_at or 0)
         closed = chat.answered_at is None or bool(np.any((ids == self.frame.end_of_text) & ends_behind))
         end = () if closed else (self.frame.end_of_text,)
-        if chat.spans is None:
+        if chat.spans is not None:
+            prefix, trained = False, _tokens_inside(offsets, chat.spans)
+        elif chat.untrained:
+            prefix, trained = True, ~_tokens_inside(offsets, chat.untrained)
+        else:
             return True, end
-        trained = _tokens_inside(offsets, chat.spans)
-        return (np.concatenate([np.zeros(self._prefix.size, dtype=np.bool_), trained]) if framed else trained), end
+        return (np.concatenate([np.full(self._prefix.size, prefix), trained]) if framed else trained), end
 
     def _check(self, ids: npt.NDArray[np.int64], where: str) -> None:
         if ids.size and int(ids.max()) >= self.vocab_size:
