@@ -399,6 +399,15 @@ def test_one_mark_around_trained_and_untrained_answers_is_refused() -> None:
         list(silent.runs([chat("user: a", "assistant: b", "assistant: c", context=[1])]))
 
 
+def test_a_mark_around_an_answer_without_words_is_that_answers() -> None:
+    answer = "{% generation %}{{ m.content }}\n{% endgeneration %}"
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}" + answer + "{% else %}? {% endif %}{% endfor %}"
+    encoder = DocumentEncoder(chat_tokenizer(template), 1000)
+    turns = ["user: a", "assistant: ", "user: b", "assistant: hi"]
+    found = [trained_texts(encoder, next(encoder.runs([chat(*turns, context=place)]))) for place in ([1], [3])]
+    assert found == [["hi\n"], ["\n"]]
+
+
 def test_untrained_answer_that_cannot_be_found_is_refused() -> None:
     template = "{% for m in messages %}{{ m.content | length }} {{ m.content }}<|im_end|>{% endfor %}"
     encoder = DocumentEncoder(chat_tokenizer(template), 1000)
