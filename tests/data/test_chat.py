@@ -192,15 +192,18 @@ ENCODERS = {name: DocumentEncoder(tokenizer, 1000) for name, tokenizer in TOKENI
 
 
 def chat(
-    *turns: str | Message, trained: Literal["all", "assistant"] = "assistant", where: str = "c.jsonl:1"
+    *turns: str | Message,
+    trained: Literal["all", "assistant"] = "assistant",
+    where: str = "c.jsonl:1",
+    context: Sequence[int] = (),
 ) -> Document:
-    """A conversation from `role: content` texts."""
+    """A conversation from `role: content` texts; the messages at `context` are not trained."""
     messages = [
         dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) if isinstance(turn, str) else turn
         for turn in turns
     ]
     words = tuple(Segment(m["content"]) for m in messages if m["content"])
-    return Document(where, words, where, conversation=Conversation(tuple(messages), trained=trained))
+    return Document(where, words, where, conversation=Conversation(tuple(messages), (), trained, tuple(context)))
 
 
 def expected(name: str, messages: Sequence[Message]) -> tuple[list[int], list[bool], tuple[int, ...]]:
@@ -219,6 +222,34 @@ def expected(name: str, messages: Sequence[Message]) -> tuple[list[int], list[bo
             # The last token that is no white space, or anything behind it, may be the end-of-text token.
             closed_behind = len(ids) - len(tokens) + len(tokenizer(text.rstrip(), add_special_tokens=False).input_ids)
     answered = messages[-1]["role"] == "assistant"
+    closed = tokenizer.eos_token_id in ids[max(closed_behind - 1, 0) :]
+    return ids, trained, () if closed or not answered else (tokenizer.eos_token_id,)
+
+
+def expected_with_context(name: str, document: Document) -> tuple[list[int], list[bool], tuple[int, ...]]:
+    """As `expected`; every answer is one piece, and those of the context are not trained."""
+    conversation = document.conversation
+    assert conversation is not None
+    tokenizer, messages, everything = TOKENIZERS[name], conversation.messages, conversation.trained == "all"
+    # What a mark holds behind the end of a turn is no part of the answer where everything else is trained.
+    pieces = (chatml_pieces if everything and name == "generation marks" else FAMILIES[name].pieces)(messages)
+    if not "".join(text for text, _ in pieces).startswith(BOS):
+        pieces = [(BOS, False), *pieces]
+    answers = iter(index for index, m in enumerate(messages) if m["role"] == "assistant")
+    ids: list[int] = []
+    trained: list[bool] = []
+    closed_behind, written = 0, ""
+    for text, answer in pieces:
+        place = next(answers) if answer else None
+        counts = place not in conversation.context and (answer or everything)
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        ids, trained, written = ids + tokens, trained + [counts] * len(tokens), written + text
+        if answer and counts:
+            closed_behind = len(tokenizer(written.rstrip(), add_special_tokens=False).input_ids)
+    if everything:
+        closed_behind = len(tokenizer(written.rstrip(), add_special_tokens=False).input_ids)
+    last = len(messages) - 1
+    answered = last not in conversation.context and (everything or messages[-1]["role"] == "assistant")
     closed = tokenizer.eos_token_id in ids[max(closed_behind - 1, 0) :]
     return ids, trained, () if closed or not answered else (tokenizer.eos_token_id,)
 
@@ -319,6 +350,69 @@ def conversations(draw: st.DrawFn, alternates: bool) -> list[str]:
 @given(data=st.data())
 def test_any_conversation_trains_the_answers_and_their_ends(name: str, data: st.DataObject) -> None:
     check(name, chat(*data.draw(conversations(FAMILIES[name].alternates))))
+
+
+@pytest.mark.parametrize("trained", ["assistant", "all"])
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_answers_of_the_context_are_not_trained(
+    name: str, trained: Literal["all", "assistant"], data: st.DataObject
+) -> None:
+    turns = data.draw(conversations(FAMILIES[name].alternates))
+    answers = [index for index, turn in enumerate(turns) if turn.startswith("assistant: ")]
+    context = [index for index in answers if data.draw(st.booleans())]
+    document = chat(*turns, trained=trained, context=context)
+    (run,) = ENCODERS[name].runs([document])
+    assert (run.ids.tolist(), labels(run), run.end) == expected_with_context(name, document)
+    assert run.problems == (("missing_eos",) if run.end else ())
+
+
+def test_nothing_of_an_untrained_answer_is_trained_where_all_else_is() -> None:
+    """A token that begins in front of it is not, as the space before a word; what it ends in is not either."""
+    tokenizer = chat_tokenizer(INST, merges=MERGES)
+    (run,) = DocumentEncoder(tokenizer, 1000).runs([chat("user: Hi", "assistant: an", trained="all", context=[1])])
+    tokens = tokenizer.convert_ids_to_tokens(run.ids.tolist())
+    assert [token for token, label in zip(tokens, labels(run), strict=True) if not label] == ["Ġan", EOS]
+    assert (run.end, run.problems) == ((), ()), "no end-of-text token is trained behind an answer that is not"
+
+
+def test_context_among_tool_calls() -> None:
+    call = {"role": "assistant", "content": "Hm.", "tool_calls": [{"name": "f"}]}
+    turns = ["user: x", call, "tool: 2", "assistant: Two."]
+    encoder = DocumentEncoder(chat_tokenizer(CALLS, eos="<|im_end|>"), 1000)
+    found = [trained_texts(encoder, next(encoder.runs([chat(*turns, context=context)]))) for context in ([1], [3])]
+    assert found == [["Two.<|im_end|>"], ['Hm.\n<call>{"name": "f"}</call><|im_end|>']]
+
+
+def test_one_mark_around_trained_and_untrained_answers_is_refused() -> None:
+    template = "{% generation %}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% endgeneration %}"
+    encoder = DocumentEncoder(chat_tokenizer(template, eos="<|im_end|>"), 1000)
+    with pytest.raises(
+        DataError, match=r"^c\.jsonl:1: .* weight 0, .* hold one answer alone; .* leave out the weights"
+    ):
+        list(encoder.runs([chat("assistant: a", "assistant: b", context=[0])]))
+    (run,) = encoder.runs([chat("assistant: a", "assistant: b", context=[0, 1])])
+    assert not any(labels(run))
+    silent = DocumentEncoder(chat_tokenizer(MARKED.replace("'assistant'", "'user'")), 1000)
+    with pytest.raises(DataError, match="hold one answer alone"):
+        list(silent.runs([chat("user: a", "assistant: b", "assistant: c", context=[1])]))
+
+
+def test_a_mark_around_an_answer_without_words_is_that_answers() -> None:
+    answer = "{% generation %}{{ m.content }}\n{% endgeneration %}"
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}" + answer + "{% else %}? {% endif %}{% endfor %}"
+    encoder = DocumentEncoder(chat_tokenizer(template), 1000)
+    turns = ["user: a", "assistant: ", "user: b", "assistant: hi"]
+    found = [trained_texts(encoder, next(encoder.runs([chat(*turns, context=place)]))) for place in ([1], [3])]
+    assert found == [["hi\n"], ["\n"]]
+
+
+def test_untrained_answer_that_cannot_be_found_is_refused() -> None:
+    template = "{% for m in messages %}{{ m.content | length }} {{ m.content }}<|im_end|>{% endfor %}"
+    encoder = DocumentEncoder(chat_tokenizer(template), 1000)
+    with pytest.raises(DataError, match=r"^c\.jsonl:1: messages\[1\]: .* cannot be found .* leave out the weights"):
+        list(encoder.runs([chat("user: x", "assistant: hello", trained="all", context=[1])]))
 
 
 @settings(max_examples=60, deadline=None)

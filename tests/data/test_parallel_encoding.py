@@ -26,7 +26,7 @@ from truthgpt.data.parallel_encoding import parallel_runs
 from truthgpt.data.tokenization import DocumentEncoder, TokenRun
 from truthgpt.errors import DataError
 
-from .conftest import BEGIN, byte_encoder, byte_tokenizer
+from .conftest import BEGIN, END, byte_encoder, byte_tokenizer
 
 Plain = tuple[list[int], object, bool, int, tuple[int, ...], tuple[str, ...]]
 
@@ -53,7 +53,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def some_documents(seed: int, count: int) -> list[Document]:
-    """Pieces, prompts, empty texts, huge texts and texts with a begin token of their own."""
+    """Pieces, prompts, empty texts, huge texts and texts with a begin or an end token of their own."""
     draw = random.Random(seed)
     documents = []
     for index in range(count):
@@ -62,6 +62,8 @@ def some_documents(seed: int, count: int) -> list[Document]:
         segments = [Segment(f"{begin}{index} " + "ab\n" * length, trained=draw.random() < 0.7)]
         if draw.random() < 0.3:
             segments.append(Segment("" if draw.random() < 0.5 else "the end"))
+        if draw.random() < 0.2:
+            segments.append(Segment(END))
         documents.append(Document(str(index), tuple(segments), f"row {index}", index > 0 and draw.random() < 0.3))
     return documents
 
@@ -75,6 +77,7 @@ def test_same_runs_in_the_same_order(seed: int, processes: int) -> None:
     expected = plain(encoder.runs(documents))
     assert plain(parallel_runs(encoder, iter(documents), processes)) == expected
     assert {document for _, _, _, document, _, _ in expected} == set(range(1, 151))
+    assert {end for _, _, _, _, end, _ in expected} == {(), (encoder.frame.end_of_text,)}
 
 
 @given(sizes=st.lists(st.integers(0, 40), max_size=60))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from truthgpt.data.base import Document
 from truthgpt.data.rows import STREAM_CHECK_ROWS, BadRow, BadRowPolicy, RowFields, RowReader, json_type
 from truthgpt.errors import DataError
 
@@ -89,6 +90,74 @@ def test_a_conversation_without_trained_text_is_empty(train_on: Literal["all", "
     assert (reader.document({"messages": [USER, blank]}, "here") is None) == (train_on == "assistant")
     assert reader.document({"messages": [{**USER, "content": ""}, blank]}, "here") is None
     assert reader.document({"messages": [USER, CALL]}, "here") is not None
+
+
+def weighted(*weights: Any, train_on: Literal["all", "assistant"] = "assistant") -> Document | None:
+    """The document of a chat with an answer a weight; None: an answer without one."""
+    answers = [{**ANSWER, "content": f"answer {number}", "weight": w} for number, w in enumerate(weights)]
+    messages = [message for answer in answers for message in (USER, answer)]
+    return chat_reader(train_on).document({"messages": messages}, "here")
+
+
+@pytest.mark.parametrize("train_on", ["all", "assistant"])
+def test_an_answer_of_weight_0_is_context(train_on: Literal["all", "assistant"]) -> None:
+    found = weighted(0, 1, None, 0.0, 1.0, train_on=train_on)
+    assert found is not None and found.conversation is not None
+    assert (found.conversation.context, found.conversation.trained) == ((1, 7), train_on)
+    asked = train_on == "all"
+    assert [s.trained for s in found.segments] == [asked, False, asked, True, asked, True, asked, False, asked, True]
+    assert not any("weight" in message for message in found.conversation.messages), "a template sees none"
+
+
+def test_weight_1_is_as_no_weight_and_no_weight_moves_a_chat_across_the_split() -> None:
+    plain, ones, some = weighted(None, None), weighted(1, 1.0), weighted(0, 1)
+    assert plain is not None and some is not None
+    assert ones == plain
+    assert some.key == plain.key and some.conversation != plain.conversation
+
+
+@pytest.mark.parametrize("weights", [(0,), (0, 0.0)])
+def test_a_chat_with_nothing_left_to_train_is_left_out_and_counted(weights: tuple[float, ...]) -> None:
+    assert weighted(*weights) is None
+    assert weighted(*weights, train_on="all") is not None, "the questions are trained"
+    reader = chat_reader("assistant")
+    blank = {**ANSWER, "content": " "}
+    assert reader.document({"messages": [USER, {**ANSWER, "weight": 0}, USER, blank]}, "here") is None
+    assert (reader.tally.empty, reader.tally.bad) == (1, 0)
+    with pytest.raises(DataError, match=r"1 rows, 1 without text to train on \(blank, or of weight 0\); set"):
+        reader.finish("rows")
+    call = {**CALL, "weight": 0}
+    assert chat_reader("all").document({"messages": [call]}, "here") is None
+
+
+@pytest.mark.parametrize("train_on", ["all", "assistant"])
+def test_a_weight_of_another_role_changes_nothing(train_on: Literal["all", "assistant"]) -> None:
+    for weight in (0, 1, 0.5, "much"):
+        document = chat_reader(train_on).document({"messages": [{**USER, "weight": weight}, ANSWER]}, "here")
+        assert document is not None and document.conversation is not None
+        assert document.conversation.context == ()
+        assert [s.trained for s in document.segments] == [train_on == "all", True]
+
+
+BAD_WEIGHTS = [
+    (0.5, "0.5"),
+    (-1, "-1"),
+    (2, "2"),
+    (float("nan"), "nan"),
+    (True, "a boolean"),
+    (False, "a boolean"),
+    ("0", "a string"),
+    ([0], "a list"),
+]
+
+
+@pytest.mark.parametrize("train_on", ["all", "assistant"])
+@pytest.mark.parametrize(("weight", "found"), BAD_WEIGHTS)
+def test_another_weight_is_refused(train_on: Literal["all", "assistant"], weight: Any, found: str) -> None:
+    with pytest.raises(BadRow) as error:
+        weighted(1, weight, train_on=train_on)
+    assert str(error.value) == f"messages[3].weight must be 0 (context, not trained) or 1 (trained), found {found}"
+    assert error.value.field == "messages"
 
 
 BAD_CHATS: list[tuple[Any, str, str | None]] = [
@@ -191,7 +260,7 @@ def test_skipped_rows_are_counted_capped_and_said_once(caplog: pytest.LogCapture
     assert caplog.messages == [
         "rows: skipped 2 malformed of 5 rows; the first: row 1: field 'text' must be a string, found a number: "
         "'{\"text\": 1}'",
-        "rows: left out 1 of 5 rows without text",
+        "rows: left out 1 of 5 rows without text to train on",
         "rows: unpaired surrogates in 1 texts became U+FFFD",
     ]
     reader.accept({}, "row 5")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from truthgpt.data import source_index
 from truthgpt.data.base import Conversation, Document, Segment
 from truthgpt.data.source_index import SourceIndex, index_source
 from truthgpt.data.split import split_documents
@@ -249,10 +251,31 @@ def test_conversations_are_part_of_the_digest() -> None:
         chat(messages=({"role": "user", "content": "hi", "name": "x"},)),
         chat(tools=()),
         chat(trained="assistant"),
+        chat(context=(0,)),
+        chat(context=(0,), trained="assistant"),
     ]
     digests = [index_source(ListSource(documents)).digest for documents in variants]
     assert len(set(digests)) == len(digests)
     assert index_source(ListSource(chat())).digest == digests[1]
+
+
+def test_a_conversation_without_context_has_the_digest_it_always_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    add_text = source_index._add_text
+    monkeypatch.setattr(source_index, "_add_text", lambda digest, text: (hashed.append(text), add_text(digest, text)))
+    index_source(ListSource(chat()))
+    assert hashed == ["k", "hi", '[[{"role": "user", "content": "hi"}], [{"name": "f"}], "all"]']
+
+
+def test_an_index_from_before_weights_were_read_is_not_used(path: Path, tmp_path: Path) -> None:
+    """It may count chats of which nothing is trained, and hash none of the weights."""
+    source = FileSource(path)
+    old = hashlib.sha256(f"1\n{source.identity()}".encode()).hexdigest()[:32]
+    (tmp_path / "index").mkdir()
+    stale = SourceIndex(np.zeros(3, dtype=np.uint64), "stale", source.identity())
+    source_index._write(tmp_path / "index" / old, stale)
+    found = index_source(source, tmp_path)
+    assert (len(found.hashes), source.reads) == (10, 1)
 
 
 def test_long_texts_are_hashed_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,6 +320,14 @@ def test_what_is_left_out_is_said_at_first_and_at_the_end(num_workers: int, capl
     assert record.getMessage().startswith("web: 7 of 33 documents are longer than data.max_seq_len")
 
 
+def test_ends_of_the_documents_own_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    documents = [doc("a<|endoftext|>"), doc("b"), doc("c<|endoftext|>"), doc("d")]
+    with caplog.at_level(logging.WARNING):
+        take(loader_of([WeightedStream("web", ListStream([documents]))], settings(8, shuffle_window=4)), 1)
+    said = "web: 2 of 4 documents end with an end-of-text token of their own, and got no second one, so far"
+    assert caplog.messages[0] == said
+
+
 def written(folder: Path, rows: int) -> JsonlSource:
     folder.mkdir()
     with (folder / "big.jsonl").open("w") as file:

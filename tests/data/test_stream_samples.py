@@ -69,6 +69,24 @@ def test_blocks_count_documents_where_they_begin() -> None:
     assert carry == Carry(ids("h"), [1], [], [END])
 
 
+@run_settings(max_examples=30, deadline=None)
+@given(texts=st.lists(st.text("abc", max_size=5), min_size=2, max_size=9), max_seq_len=st.integers(2, 9))
+def test_documents_that_spell_their_end_out_are_cut_as_those_that_do_not(texts: list[str], max_seq_len: int) -> None:
+    """In two windows; of rows too. One of them has its last block a window earlier, its end being there already."""
+    cut = []
+    for end in ("<|endoftext|>", ""):
+        counts, carry, samples, begins = StreamCounts(), Carry(), [], []
+        documents = [doc(text + end) for text in texts]
+        for window, last in ((documents[:-1], False), (documents[-1:], True)):
+            found, begun, carry = cut_blocks(ENCODER.runs(window), counts, carry, max_seq_len, last)
+            samples += plain(found)
+            begins += begun
+        rows, row_begins = cut_rows(documents, ENCODER, settings(max_seq_len), StreamCounts())
+        cut.append((samples, begins, plain(rows), row_begins))
+        assert counts.double_eos == (len(texts) if end else 0)
+    assert cut[0] == cut[1]
+
+
 def test_blocks_mask_untrained_tokens_across_windows() -> None:
     prompt = Document("k", (Segment("abcd", trained=False), Segment("e")), "here")
     samples, _, carry = cut_blocks(ENCODER.runs([prompt]), StreamCounts(), Carry(), 3, ends_pass=False)

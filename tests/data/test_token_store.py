@@ -42,6 +42,15 @@ def test_documents_are_closed_by_end_of_text(make_store: MakeStore) -> None:
     assert not (store.folder / "trained.bin").exists()
 
 
+def test_a_document_that_spells_its_end_out_is_as_one_that_does_not(
+    make_store: MakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    spelled = make_store(rows("ab<|endoftext|>", ("c", "d<|endoftext|>"), "e"))
+    assert contents(spelled) == contents(make_store(rows("ab", ("c", "d"), "e")))
+    assert spelled.meta.problems == {"double_eos": 2}
+    assert "of 3: double_eos: 2, the text itself ends with the end-of-text token" in caplog.text
+
+
 def test_prompts_are_marked_untrained(make_store: MakeStore) -> None:
     store = make_store(rows(("ab", "c"), ("", "d")))
     assert contents(store) == (

@@ -8,9 +8,9 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from truthgpt.data import tokenization
@@ -147,9 +147,9 @@ def test_no_space_comes_between_the_pieces_of_a_document(habit: str, texts: list
 
 
 def test_only_a_tokenizer_with_a_habit_has_another_digest() -> None:
-    """Runs and caches of all others stay as they were."""
+    """One more part: runs and caches of all others stay as they were."""
     digest = {habit: DocumentEncoder(letter_tokenizer(habit), 300) for habit in ("never", "always")}
-    parts = {name: [1, tokenizer_digest(encoder._tokenizer), repr(encoder.frame)] for name, encoder in digest.items()}
+    parts = {name: [2, tokenizer_digest(encoder._tokenizer), repr(encoder.frame)] for name, encoder in digest.items()}
     before = {
         name: hashlib.sha256(json.dumps([*parts[name], encoder._renderer.identity]).encode()).hexdigest()
         for name, encoder in digest.items()
@@ -254,6 +254,71 @@ def test_a_forked_process_tokenises_with_the_parents_encoder() -> None:
         process.join()
 
 
-def test_text_that_ends_with_the_end_token_keeps_it() -> None:
-    (run,) = DocumentEncoder(byte_tokenizer(), 258).runs(rows("a" + END))
-    assert (run.ids.tolist()[-1], run.end) == (256, (256,))
+@pytest.mark.parametrize("begin", [False, True])
+def test_text_that_ends_with_the_end_token_gets_no_second_one(begin: bool) -> None:
+    encoder = DocumentEncoder(byte_tokenizer(begin=begin), 258)
+    documents = rows("a" + END, "a" + END + END, END + "a", "a" + END + "\n", ("a" + END, "b"), ("a", "b" + END))
+    grouped = group_documents(encoder.runs(documents))
+    a, b, line = byte_tokenizer()("ab\n").input_ids
+    bodies = [[a, 256], [a, 256, 256], [256, a, 256], [a, 256, line, 256], [a, 256, b, 256], [a, b, 256]]
+    prefix = [257] if begin else []
+    found = [(ids.tolist(), trained.tolist()) for ids, trained, _ in grouped]
+    assert [ids for ids, _ in found] == [prefix + body for body in bodies]
+    assert [sum(trained) for _, trained in found] == [len(prefix + body) for body in bodies[:4]] + [2, 2]
+    last = {run.document: run.problems for run in encoder.runs(documents)}
+    assert [last[number] for number in range(1, 7)] == [("double_eos",), ("double_eos",), (), (), (), ("double_eos",)]
+
+
+def test_both_ends_in_the_text_are_reported() -> None:
+    (run,) = DocumentEncoder(byte_tokenizer(begin=True), 258).runs(rows(BEGIN + "a" + END))
+    assert (run.ids.size, run.end, run.problems) == (3, (), ("double_bos", "double_eos"))
+
+
+def test_an_end_token_that_begins_a_text_does_not_end_it() -> None:
+    """Of tokenizers that have one token for both, and put it in front."""
+    tokenizer = byte_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 256)])
+    both = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, bos_token=END)
+    documents = rows(END, "a", END + END)
+    found = [ids.tolist() for ids, _, _ in group_documents(DocumentEncoder(both, 258).runs(documents))]
+    assert found == [[256, 256], [256, *byte_tokenizer()("a").input_ids, 256], [256, 256]]
+
+
+@settings(deadline=None)
+@given(
+    texts=st.lists(st.lists(st.sampled_from(["a", "\n", END]), max_size=6).map("".join), min_size=1, max_size=6),
+    continues=st.lists(st.booleans(), min_size=6, max_size=6),
+    size=st.integers(1, 30),
+    pieces=st.integers(1, 4),
+)
+def test_only_the_last_token_of_a_document_decides(
+    texts: list[str], continues: list[bool], size: int, pieces: int
+) -> None:
+    """Wherever its text is cut, and wherever a batch ends."""
+    documents = [
+        Document(str(number), (Segment(text), Segment("")), "here", continues=goes_on and number > 0)
+        for number, (text, goes_on) in enumerate(zip(texts, continues, strict=False))
+    ]
+    encoder = DocumentEncoder(byte_tokenizer(), 258)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization, "PIECE_CHARACTERS", size)
+        patch.setattr(tokenization, "BATCH_PIECES", pieces)
+        runs = list(encoder.runs(documents))
+        grouped = [ids.tolist() for ids, _, _ in group_documents(runs)]
+    expected = []
+    for number, document in enumerate(documents, start=1):
+        ids = [token for run in runs if run.document == number for token in run.ids.tolist()]
+        goes_on = number < len(documents) and documents[number].continues
+        expected.append(ids if goes_on or ids[-1:] == [256] else [*ids, 256])
+        assert document.text == encoder._tokenizer.decode(ids)
+    assert grouped == expected
+
+
+def test_a_last_piece_without_tokens_hides_no_end() -> None:
+    tokenizer = letter_tokenizer("never")  # it leaves out what it does not know
+    document = Document("0", (Segment("a<"), Segment("?")), "here")
+    ((ids, _, _),) = group_documents(DocumentEncoder(tokenizer, len(tokenizer)).runs([document]))
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["a", "<"]
+    empty_behind = group_documents(DocumentEncoder(byte_tokenizer(), 258).runs(rows("a" + END, "")))
+    assert [ids.tolist()[-1:] for ids, _, _ in empty_behind] == [[256], [256]], "each document has its own end"

@@ -209,7 +209,8 @@ def test_no_usable_sample(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", [("a.txt", b" \n")])
     assert (
         error_of(shard)
-        == f"0 usable documents in {shard}: 1 rows, 1 without text; set data.path to files with text in them"
+        == f"0 usable documents in {shard}: 1 rows, 1 without text to train on; set data.path to files with text in "
+        "them"
     )
     assert "0 usable documents" in error_of(write_tar(tmp_path / "b.tar", []))
 

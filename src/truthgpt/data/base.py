@@ -32,13 +32,21 @@ class Segment:
     trained: bool = True
 
 
+ASSISTANT = "assistant"
+"""Role of the messages that are answers."""
+
+
 @dataclass(frozen=True)
 class Conversation:
-    """Chat messages as a chat template reads them: plain JSON values, `role` and `content` in each message."""
+    """Chat messages as a chat template reads them: plain JSON values, `role` and `content` in each message.
+
+    `context` are the places of the answers that are read and not trained, whatever `trained` says.
+    """
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     trained: Literal["all", "assistant"] = "all"
+    context: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

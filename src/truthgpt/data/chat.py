@@ -1,51 +1,48 @@
-"""Conversations as text, through a chat template, and the exact place of every answer in that text."""
+"""Conversations as text, through a chat template, and what of it is trained."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
-from truthgpt.data.base import Conversation
+from truthgpt.data.base import ASSISTANT, Conversation
+from truthgpt.data.chat_answers import AnswerFinder, ChatTemplate, NotFoundError, RefusedError, Span, trained_marks
 from truthgpt.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Span = tuple[int, int]
-"""Characters `text[start:end]`."""
-
 KEY = "data.chat_template"
-ASSISTANT = "assistant"
+MARK_ANSWERS = f"give a template in {KEY} that marks answers with {{% generation %}} and {{% endgeneration %}}"
+LEAVE_OUT_WEIGHTS = f"give another template in {KEY}, or leave out the weights of this chat"
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What marks an answer in a template, as transformers reads it."""
 BUFFERED = re.compile(
     r"\{%[-+]?\s*(macro|filter|call|set(?=\s+[\w.]+\s*(?:\|[^%]*)?[-+]?%\}))\b.*?\{%[-+]?\s*end\1\b", re.DOTALL
 )
 """Blocks whose output Jinja collects before it is written: transformers miscounts the marks inside them."""
-PRIVATE_USE = range(0xE000, 0xF900)
-EXPRESSION_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What the expressions in a template can raise while it renders, besides Jinja's own errors."""
 
 
 @dataclass(frozen=True)
 class RenderedChat:
     """A conversation as text.
 
-    `spans` are the trained characters, in order; None: all of them. A token with the end-of-text id should end at
-    character `answered_at` or behind it. That is None where only answers are trained and the last message is none: an
-    end-of-text token behind a question would teach the model not to answer.
+    `spans` are the trained characters, in order; None: all of them but those in `untrained`. A token with the
+    end-of-text id should end at character `answered_at` or behind it. That is None where the last message is not
+    trained: an end-of-text token behind a question would teach the model not to answer.
     """
 
     text: str
     spans: tuple[Span, ...] | None
     answered_at: int | None
+    untrained: tuple[Span, ...] = ()
 
 
 def load_chat_template(text_or_file: str) -> str:
@@ -101,41 +98,56 @@ class ChatRenderer:
 
         With `trained: assistant` these are, for every message with that role, its content and what the template
         itself puts between the generation prompt and it (white space, an empty thinking block), up to and with the
-        token that ends the turn. `{% generation %}` marks in the template decide instead where there are any.
+        token that ends the turn. `{% generation %}` marks in the template decide instead where there are any. Answers
+        that are context are left out of it; with `trained: all` nothing else is.
 
         Raises:
             ConfigError: there is no template, or it is no Jinja template.
             DataError: the template refuses the conversation, or an answer cannot be found for certain.
         """
         source = self._source(conversation)
-        template = _Template(source, [dict(tool) for tool in conversation.tools], self._tokenizer.special_tokens_map)
+        template = ChatTemplate(source, [dict(tool) for tool in conversation.tools], self._tokenizer.special_tokens_map)
         messages = [dict(message) for message in conversation.messages]
+        answers = {index for index, message in enumerate(messages) if message.get("role") == ASSISTANT}
+        context = set(conversation.context)
+        everything = conversation.trained == "all"
+        marked = not everything and MARK.search(source) is not None
+        found: dict[int, Span] = {}
         try:
-            if conversation.trained == "all":
-                text = template.text(messages)
-                return RenderedChat(text, None, len(text.rstrip()))
-            if MARK.search(source):
-                text, spans = template.marked(messages)
+            if (everything or marked) and not context:
+                text, marks = template.render(messages, marked)
             else:
-                text, spans = self._find_answers(template, messages, where)
-        except _RefusedError as error:
+                sought = context if everything else answers if marked else answers - context
+                text, marks, found = self._find_answers(template, messages, sorted(sought), marked)
+            spans = list(found.values())
+            if marked:
+                spans = trained_marks(marks, found, context) if context else marks
+        except RefusedError as error:
             raise DataError(
                 f"{where}: the chat template refuses this conversation: {error}; change the messages, or give another "
                 f"template in {KEY}"
             ) from error
-        answered = bool(spans) and messages[-1].get("role") == ASSISTANT
+        except NotFoundError as error:
+            raise DataError(f"{where}: {error}; {LEAVE_OUT_WEIGHTS if context else MARK_ANSWERS}") from error
+        last = len(messages) - 1
+        if everything:
+            return RenderedChat(text, None, None if last in context else len(text.rstrip()), tuple(spans))
+        answered = bool(spans) and last in answers - context
         return RenderedChat(text, tuple(spans), len(text[: spans[-1][1]].rstrip()) if answered else None)
 
-    def _find_answers(self, template: _Template, messages: list[dict[str, Any]], where: str) -> tuple[str, list[Span]]:
-        text = template.text(messages)
+    def _find_answers(
+        self, template: ChatTemplate, messages: list[dict[str, Any]], sought: Sequence[int], marked: bool
+    ) -> tuple[str, list[Span], dict[int, Span]]:
+        """The messages rendered, what stands between marks, and the answers sought by their place."""
+        text, marks = template.render(messages, marked)
         try:
-            return text, _AnswerFinder(template, messages, text, self._turn_end).spans(where)
-        except DataError:
-            again = template.text(messages)
+            return text, marks, AnswerFinder(template, messages, text, self._turn_end).spans(sought)
+        except NotFoundError:
+            again, marks = template.render(messages, marked)
             if again == text:
                 raise
         # The template writes the date, and it has just changed.
-        return again, _AnswerFinder(template, messages, again, self._turn_end).spans(where)
+        return again, marks, AnswerFinder(template, messages, again, self._turn_end).spans(sought)
 
     def _source(self, conversation: Conversation) -> str:
         if self._template is not None:
@@ -181,204 +193,6 @@ class ChatRenderer:
         added = {token for token in tokenizer.get_added_vocab() if token.strip()}
         tokens = sorted(added - begins, key=len, reverse=True)
         return re.compile(rf"\s*(?:{'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
-
-
-class _RefusedError(Exception):
-    """A template raised an error while it rendered."""
-
-
-@dataclass(frozen=True)
-class _Template:
-    """A chat template with all it reads besides the messages."""
-
-    source: str
-    tools: list[dict[str, Any]]
-    special_tokens: Mapping[str, str]
-
-    def text(self, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
-        """The messages rendered. Raises _RefusedError."""
-        return self._render(messages, generation_prompt, marked=False)[0]
-
-    def attempt(self, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str | None:
-        """The messages rendered, or None where the template refuses them, as it may a part of a conversation."""
-        try:
-            return self.text(messages, generation_prompt)
-        except _RefusedError:
-            return None
-
-    def marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-        """The messages rendered and what stands between `{% generation %}` marks."""
-        text, spans = self._render(messages, False, marked=True)
-        return text, [(start, end) for start, end in spans if start < end]
-
-    def _render(self, messages: list[dict[str, Any]], generation_prompt: bool, marked: bool) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                tools=self.tools or None,
-                chat_template=self.source,
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=generation_prompt,
-                **self.special_tokens,
-            )
-        except TemplateError as error:
-            raise _RefusedError(str(error)) from error
-        except EXPRESSION_ERRORS as error:
-            raise _RefusedError(f"{type(error).__name__}: {error}") from error
-        return texts[0], spans[0] if marked else []
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a content stands in the text, as far as it was found for certain."""
-
-    start: int | None = None
-    end: int | None = None
-
-
-class _AnswerFinder:
-    """Finds the answers of one rendered conversation, for a template without marks.
-
-    A text can hold the same words many times, and a template may strip, drop or move them; so contents are never
-    searched for. Two renderings tell the places instead. First, every content is put between two sentinels: the
-    rendering less the sentinels must be the text itself, and the sentinels' places are then those of the contents.
-    Second, where that fails or does not tell enough (white space at an end, an empty content, tool calls, dropped
-    thinking), a message is replaced by one whose whole content is a sentinel: what stands in front of the sentinel must
-    begin the text and what stands behind it must end the text, and the answer is the rest.
-    """
-
-    def __init__(
-        self, template: _Template, messages: list[dict[str, Any]], text: str, turn_end: re.Pattern[str]
-    ) -> None:
-        self._template = template
-        self._messages = messages
-        self._text = text
-        self._turn_end = turn_end
-        self._prompt = ""
-        """The generation prompt, once one was rendered that an answer follows at once."""
-        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
-        self._open, self._close, self._stop = next(unused), next(unused), next(unused)
-
-    def spans(self, where: str) -> list[Span]:
-        """Every answer with its end-of-turn token, in order. Raises DataError for one that cannot be found."""
-        turns = [index for index, message in enumerate(self._messages) if message.get("role") == ASSISTANT]
-        places = self._enclosed(turns)
-        spans: list[Span] = []
-        for index in turns:
-            span = self._span(index, places.get(index, _Place()))
-            if span is None and self._is_left_out(index):
-                continue
-            if span is None or (spans and span[0] < spans[-1][1]):
-                raise DataError(
-                    f"{where}: messages[{index}]: this answer cannot be found for certain in what the chat template "
-                    f"makes of the conversation; give a template in {KEY} that marks answers with "
-                    "{% generation %} and {% endgeneration %}"
-                )
-            spans.append(span)
-        return spans
-
-    def _span(self, index: int, place: _Place) -> Span | None:
-        message = self._messages[index]
-        content = message.get("content") or ""
-        # The content of a message that calls tools does not end it.
-        content_start, content_end = place.start, None if message.get("tool_calls") else place.end
-        if content != content.strip():
-            whole = self._replaced(index)
-            content_start, content_end = _first(whole.start, content_start), _first(whole.end, content_end)
-        elif content_start is None or content_end is None:
-            whole = self._replaced(index)
-            content_start, content_end = _first(content_start, whole.start), _first(content_end, whole.end)
-        start = self._answer_start(index, content_start)
-        end = self._rendered_end(index) if content_end is None else self._with_turn_end(content_end)
-        if start is None or end is None or start > (end if content_end is None else content_end):
-            return None
-        return start, end
-
-    def _enclosed(self, turns: Sequence[int]) -> dict[int, _Place]:
-        """Places of the contents, white space at their ends left out, from one rendering with sentinels around all.
-
-        A content lacks its start where the template drops what it begins with, and is missing where it is empty.
-        """
-        messages = list(self._messages)
-        for index in turns:
-            content = messages[index].get("content") or ""
-            core = content.strip()
-            if core:
-                front, back = content[: content.index(core)], content[content.index(core) + len(core) :]
-                enclosed = f"{self._open}{index}{self._stop}{core}{self._close}{index}{self._stop}"
-                messages[index] = {**messages[index], "content": front + enclosed + back}
-        rendered = self._template.attempt(messages) or ""
-        sentinel = re.compile(f"([{self._open}{self._close}])([0-9]+){self._stop}")
-        if sentinel.sub("", rendered) != self._text:
-            return {}
-        places: dict[tuple[str, int], int] = {}
-        removed = 0
-        for found in sentinel.finditer(rendered):
-            name = (found[1], int(found[2]))
-            if name in places:
-                return {}
-            places[name] = found.start() - removed
-            removed += len(found[0])
-        return {index: _Place(places.get((self._open, index)), places.get((self._close, index))) for index in turns}
-
-    def _replaced(self, index: int) -> _Place:
-        """Place of a whole content, or of all that stands in for it, from a rendering with a sentinel instead."""
-        sentinel = self._open + self._stop
-        messages = list(self._messages)
-        messages[index] = {"role": ASSISTANT, "content": sentinel}
-        rendered = self._template.attempt(messages)
-        if rendered is None or rendered.count(sentinel) != 1:
-            return _Place()
-        front, back = rendered.split(sentinel)
-        text = self._text
-        return _Place(
-            len(front) if text.startswith(front) else None,
-            len(text) - len(back) if text.endswith(back) else None,
-        )
-
-    def _answer_start(self, index: int, content_start: int | None) -> int | None:
-        """Where the model takes over: behind the generation prompt, else where the content begins.
-
-        A template without generation prompt may still write a header between the turns; it is no answer. White space
-        there is one: in generation the model has to write it.
-        """
-        if content_start is not None and self._prompt and self._text.endswith(self._prompt, 0, content_start):
-            return content_start  # all before it is not rendered again, which would take the square of the turns
-        before = self._messages[:index]
-        prompt = self._template.attempt(before, generation_prompt=True) if before else None
-        if prompt is None or not self._text.startswith(prompt):
-            return content_start
-        if content_start not in (None, len(prompt)) and not self._text[len(prompt) : content_start].strip():
-            return len(prompt)
-        without = self._template.attempt(before)
-        grows = without is not None and prompt != without and prompt.startswith(without)
-        added = prompt.removeprefix(without or "")
-        if grows and content_start == len(prompt) and added.strip():
-            self._prompt = added
-        return len(prompt) if grows else content_start
-
-    def _with_turn_end(self, end: int) -> int:
-        """`end` moved behind the token that ends the turn, if one follows."""
-        found = self._turn_end.match(self._text, end)
-        return found.end() if found else end
-
-    def _rendered_end(self, index: int) -> int | None:
-        """End of the conversation up to this answer, where the text begins with it; for tool calls above all."""
-        rendered = self._template.attempt(self._messages[: index + 1])
-        return len(rendered.rstrip()) if rendered is not None and self._text.startswith(rendered) else None
-
-    def _is_left_out(self, index: int) -> bool:
-        """Whether the template writes nothing for an empty answer."""
-        message = self._messages[index]
-        if message.get("tool_calls") or (message.get("content") or "").strip():
-            return False
-        return self._template.attempt(self._messages[:index] + self._messages[index + 1 :]) == self._text
-
-
-def _first(one: int | None, other: int | None) -> int | None:
-    return other if one is None else one
 
 
 def _problem(message: str, suggestion: str) -> ConfigError:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from truthgpt.data.base import Conversation, Document, Segment
+from truthgpt.data.base import ASSISTANT, Conversation, Document, Segment
 from truthgpt.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,9 @@ class RowReader:
     With `format: text` a row's text is one trained segment. With `prompt_completion` it is two: the prompt, trained
     only with `train_on: all`, and the completion. With `chat` the document has a conversation, and one segment for the
     content of each message. The key of a row is a digest of its content, so that the split does not depend on the
-    order of the rows. Rows whose text (completion, trained messages) is only white space are left out and counted;
-    half of a surrogate pair becomes U+FFFD, counted too.
+    order of the rows; it sees no weights, so that a chat is on one side of the split whichever of its answers are
+    trained. Rows whose text (completion, trained messages) is only white space are left out and counted; half of a
+    surrogate pair becomes U+FFFD, counted too.
 
     Args:
         fields: what a row holds.
@@ -103,9 +104,11 @@ class RowReader:
             "chat": self._chat_document,
         }
         self._build = builders[fields.format]
+        reasons = " (blank, or of weight 0)" if fields.format == "chat" else ""
+        self._without_text = f"without text to train on{reasons}"
 
     def document(self, row: Mapping[str, Any], where: str) -> Document | None:
-        """The document of one row; None for a row without text.
+        """The document of one row; None for a row without text to train on.
 
         Args:
             row: field names and plain JSON values.
@@ -122,7 +125,7 @@ class RowReader:
         return document
 
     def accept(self, row: Mapping[str, Any], where: str) -> Document | None:
-        """`document`, with a malformed row already refused: None for it as for a row without text.
+        """`document`, with a malformed row already refused: None for it as for a row without text to train on.
 
         Raises:
             DataError: the row is malformed, and the policy does not allow it.
@@ -171,8 +174,8 @@ class RowReader:
         self._check_bad_fraction(name)
         if tally.usable == 0:
             raise DataError(
-                f"0 usable documents in {name}: {tally.rows} rows, {tally.empty} without text; set data.path to files "
-                "with text in them"
+                f"0 usable documents in {name}: {tally.rows} rows, {tally.empty} {self._without_text}; set data.path "
+                "to files with text in them"
             )
         if not report:
             return
@@ -181,7 +184,7 @@ class RowReader:
                 "%s: skipped %d malformed of %d rows; the first: %s", name, tally.bad, tally.rows, tally.first_bad
             )
         if tally.empty:
-            logger.warning("%s: left out %d of %d rows without text", name, tally.empty, tally.rows)
+            logger.warning("%s: left out %d of %d rows %s", name, tally.empty, tally.rows, self._without_text)
         if tally.surrogates:
             logger.warning("%s: unpaired surrogates in %d texts became U+FFFD", name, tally.surrogates)
 
@@ -211,6 +214,8 @@ class RowReader:
     def _chat_document(self, row: Mapping[str, Any], where: str) -> Document | None:
         messages = _messages_of(row, self._fields.messages_field)
         tools = _tools_of(row)
+        answers = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
+        context = tuple(index for index in answers if messages[index].pop("weight", 1) == 0)
         try:
             data = _canonical_json([messages, tools])
         except UnicodeEncodeError:
@@ -218,19 +223,20 @@ class RowReader:
             messages, tools = _without_surrogates(messages), _without_surrogates(tools)
             data = _canonical_json([messages, tools])
         assistant_only = self._fields.train_on == "assistant"
-        trained = [message for message in messages if not assistant_only or message["role"] == "assistant"]
-        if not trained:
+        if assistant_only and not answers:
             raise BadRow(
                 "no message with role 'assistant', which train_on: assistant needs", self._fields.messages_field
             )
-        if not any(message.get("tool_calls") or (message["content"] or "").strip() for message in trained):
+        trained = set(answers if assistant_only else range(len(messages))) - set(context)
+        texts = (message.get("tool_calls") or (message["content"] or "").strip() for message in messages)
+        if not any(text for index, text in enumerate(texts) if index in trained):
             return None
         segments = tuple(
-            Segment(message["content"], trained=not assistant_only or message["role"] == "assistant")
-            for message in messages
+            Segment(message["content"], trained=index in trained)
+            for index, message in enumerate(messages)
             if message["content"] is not None
         )
-        conversation = Conversation(tuple(messages), tuple(tools), "assistant" if assistant_only else "all")
+        conversation = Conversation(tuple(messages), tuple(tools), "assistant" if assistant_only else "all", context)
         return Document(_digest(data), segments, where, conversation=conversation)
 
     def _text_of(self, row: Mapping[str, Any], field: str, setting: str) -> tuple[str, bytes]:
@@ -306,7 +312,17 @@ def _message(message: Any, place: str, field: str) -> dict[str, Any]:
     if not isinstance(content, str) and not (content is None and calls):
         allowed = "a string (null only with tool_calls)" if content is None else "a string"
         raise BadRow(f"{place}.content must be {allowed}, found {json_type(content)}", field)
+    if role == ASSISTANT and message.get("weight") is not None:
+        _check_weight(message["weight"], place, field)
     return {"content": content, **{key: value for key, value in message.items() if value is not None}}
+
+
+def _check_weight(weight: Any, place: str, field: str) -> None:
+    """Refuse what OpenAI's fine-tuning format does not allow: there a weight only says whether an answer is trained."""
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or weight not in (0, 1):
+        found = weight if is_number else json_type(weight)
+        raise BadRow(f"{place}.weight must be 0 (context, not trained) or 1 (trained), found {found}", field)
 
 
 def _tools_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:

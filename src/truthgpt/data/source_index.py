@@ -22,8 +22,8 @@ from truthgpt.runtime.task_progress import task_progress
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-"""Part of every key: a change of the files' layout or of what is hashed raises it."""
+FORMAT_VERSION = 2
+"""Part of every key: a change of the files' layout, of what is hashed or of which rows are documents raises it."""
 HASHES_FILE = "hashes.bin"
 META_FILE = "meta.json"
 
@@ -123,7 +123,10 @@ def _add_text(digest: hashlib._Hash, text: str) -> None:
 
 def _conversation_json(conversation: Conversation) -> str:
     """Keys stay in their order: a template may print a tool as it stands."""
-    return json.dumps([conversation.messages, conversation.tools, conversation.trained], default=dict)
+    parts: list[object] = [conversation.messages, conversation.tools, conversation.trained]
+    if conversation.context:
+        parts.append(conversation.context)
+    return json.dumps(parts, default=dict)
 
 
 def _open(folder: Path, identity: str) -> SourceIndex | None:

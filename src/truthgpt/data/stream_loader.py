@@ -33,6 +33,7 @@ COUNT_TEXTS = {
     "overlong": "{} of {} documents are longer than data.max_seq_len (data.overlong: {overlong})",
     "unsupervised": "left out {} samples without a token the loss counts (of {} documents; data.train_on)",
     "double_bos": "{} of {} documents began with a second begin-of-text token, which was dropped",
+    "double_eos": "{} of {} documents end with an end-of-text token of their own, and got no second one",
     "missing_eos": "{} of {} chats have no end-of-text token behind the last turn, which was added",
 }
 """What is said about a count that is not 0."""

@@ -66,6 +66,7 @@ class StreamCounts:
     overlong: int = 0
     unsupervised: int = 0
     double_bos: int = 0
+    double_eos: int = 0
     missing_eos: int = 0
 
 
@@ -183,6 +184,7 @@ def arrange(lengths: Int64Array, settings: StreamSettings, key: int) -> list[lis
 def _count_problems(runs: Iterable[TokenRun], counts: StreamCounts) -> Iterator[TokenRun]:
     for run in runs:
         counts.double_bos += "double_bos" in run.problems
+        counts.double_eos += "double_eos" in run.problems
         counts.missing_eos += "missing_eos" in run.problems
         yield run
 

@@ -39,6 +39,7 @@ META_FILE = "meta.json"
 
 PROBLEMS = {
     "double_bos": "the text itself begins with the begin-of-text token that the tokenizer adds; one of the two is kept",
+    "double_eos": "the text itself ends with the end-of-text token; no second one was added",
     "missing_eos": "the chat template puts no end-of-text token behind the last answer; one was added",
 }
 """What the problems of a run mean, for the log."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Part of every digest: a change of how documents become tokens raises it."""
 BATCH_CHARACTERS = 2**19
 """Text handed to the tokenizer at once: an encoding costs about 90 bytes a token until its ids are taken out."""
@@ -44,10 +44,10 @@ class TokenRun:
 
     `opens` says that a document begins here, its ids then start with the frame's prefix unless the text brings its
     own; `document` counts the documents taken so far, this one included. `end` are the trained ids that close the
-    document, the same in all its runs; whoever joins runs puts them behind the last one. It is empty when the
-    document closes itself. `problems` stand on the last run of a document: `double_bos`, the text began with the
-    begin-of-text token the tokenizer adds anyway (one is kept); `missing_eos`, the chat template left the last
-    answer without an end-of-text token (`end` holds it).
+    document; whoever joins runs puts those of the last one behind it. It is empty there when the document closes
+    itself. `problems` stand on the last run of a document: `double_bos`, the text began with the begin-of-text token
+    the tokenizer adds anyway (one is kept); `double_eos`, it ended with the end-of-text token (`end` is empty);
+    `missing_eos`, the chat template left the last answer without an end-of-text token (`end` holds it).
     """
 
     ids: npt.NDArray[np.int64]
@@ -144,14 +144,19 @@ class DocumentEncoder:
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         problems: tuple[str, ...] = ()
+        ended = False  # whether the last token so far is the end-of-text token, written in the document's own text
         for batch in _batches(self._pieces(documents)):
             for piece, encoding in zip(batch, self._encode(batch), strict=True):
                 run = self._run(piece, encoding)
+                if encoding.ids:
+                    ended = self._is_ended(run) and piece.chat is None
+                if piece.closes and ended:
+                    run = replace(run, end=(), problems=(*run.problems, "double_eos"))
                 problems += run.problems
                 reported = problems if piece.closes else ()
                 yield run if run.problems == reported else replace(run, problems=reported)
                 if piece.closes:
-                    problems = ()
+                    problems, ended = (), False
 
     def _pieces(self, documents: Iterable[Document]) -> Iterator[_Piece]:
         for number, document in enumerate(documents, start=1):
@@ -225,6 +230,14 @@ class DocumentEncoder:
             ids = np.concatenate([self._prefix, ids])
         return TokenRun(ids, trained, piece.opens, piece.document, end, problems)
 
+    def _is_ended(self, run: TokenRun) -> bool:
+        """Whether the text of a run with tokens ends with the end-of-text token.
+
+        Where that is the begin-of-text token too, one that stands alone in front of the text begins it.
+        """
+        text = run.ids[self._prefix.size :] if run.opens else run.ids
+        return text.size > 0 and int(text[-1]) == self.frame.end_of_text
+
     def _chat_labels(
         self, chat: RenderedChat, ids: npt.NDArray[np.int64], encoding: Encoding, framed: bool
     ) -> tuple[bool | npt.NDArray[np.bool_], tuple[int, ...]]:
@@ -233,10 +246,13 @@ class DocumentEncoder:
         ends_behind = offsets[:, 1] >= (chat.answered_at or 0)
         closed = chat.answered_at is None or bool(np.any((ids == self.frame.end_of_text) & ends_behind))
         end = () if closed else (self.frame.end_of_text,)
-        if chat.spans is None:
+        if chat.spans is not None:
+            prefix, trained = False, _tokens_inside(offsets, chat.spans)
+        elif chat.untrained:
+            prefix, trained = True, ~_tokens_inside(offsets, chat.untrained)
+        else:
             return True, end
-        trained = _tokens_inside(offsets, chat.spans)
-        return (np.concatenate([np.zeros(self._prefix.size, dtype=np.bool_), trained]) if framed else trained), end
+        return (np.concatenate([np.full(self._prefix.size, prefix), trained]) if framed else trained), end
 
     def _check(self, ids: npt.NDArray[np.int64], where: str) -> None:
         if ids.size and int(ids.max()) >= self.vocab_size:

@@ -9,7 +9,7 @@ from typing import Protocol
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from truthgpt.data.chat import EXPRESSION_ERRORS
+from truthgpt.data.chat_answers import EXPRESSION_ERRORS
 from truthgpt.errors import ConfigError
 from truthgpt.inference.generate import encode_prompt, require_text
 from truthgpt.inference.request import Piece, Sampling

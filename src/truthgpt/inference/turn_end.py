@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from truthgpt.data.chat import EXPRESSION_ERRORS
+from truthgpt.data.chat_answers import EXPRESSION_ERRORS
 from truthgpt.inference.request import Sampling
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from truthgpt.data.chat import EXPRESSION_ERRORS
+from truthgpt.data.chat_answers import EXPRESSION_ERRORS
 from truthgpt.inference.generate import encode_prompt
 from truthgpt.inference.turn_end import turn_end
 from truthgpt.serving.api_error import ApiError
