@@ -121,7 +121,8 @@ def _build(
     trainer = GenericTrainer(parts, _settings(config, components))
     if config.resume.enabled:
         _restore(config, store, trainer)
-    # Only now: a run that cannot be built or resumed leaves the directory as it was.
+    # Only now: a run that cannot be built or resumed, or is interrupted before, leaves the directory as it was.
+    parts.stop.remember()
     run.write_config(resolved_yaml(config, origins or {}))
     run.write_environment(describe_environment(components.fallbacks.to_json(), describe_hardware(components.device)))
     artefacts.save_description()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.inference.engine_runs import reference
 from tests.inference.small_models import TOKENIZER, small_model
 from tests.process import Cli, Finished
 
+from truthgpt.cli.app import main
 from truthgpt.cli.generate import _give_out, _lines, _prompts
 from truthgpt.errors import DataError, RunDirectoryError
 
@@ -188,6 +190,23 @@ def test_stop_texts(cli: Cli) -> None:
     stop = next(c for c in whole["text"] if c.isascii() and c.isprintable())
     (row,) = done(cli("generate", "m", *asked("def f("), *GREEDY, "--json", "--stop", "never", "--stop", stop))
     assert row["text"] == whole["text"][: whole["text"].index(stop)] and row["finish"] == "stop"
+
+
+@pytest.mark.parametrize(("content", "place"), [(None, "."), ("", "out.jsonl"), ("an answer", ".")])
+def test_what_may_not_be_written_is_refused_before_the_model_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str | None, place: str
+) -> None:
+    out, locked = tmp_path / "out.jsonl", tmp_path / place
+    if content is not None:
+        out.write_text(content)
+    for refuses in (False, True):  # as for a user other than root
+        monkeypatch.setattr(
+            os, "access", lambda path, mode, no=refuses: not (no and path == locked and mode == os.W_OK)
+        )
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", "nowhere", *asked("a"), "--out", str(out), "--overwrite"])
+        said = f"error: --out: {out} cannot be written: {locked} is not writable\n"
+        assert (ended.value.code == 6, capsys.readouterr().err == said) == (refuses, refuses)
 
 
 REFUSED: dict[str, tuple[list[str], int, str]] = {

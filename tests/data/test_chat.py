@@ -413,6 +413,8 @@ def test_untrained_answer_that_cannot_be_found_is_refused() -> None:
     encoder = DocumentEncoder(chat_tokenizer(template), 1000)
     with pytest.raises(DataError, match=r"^c\.jsonl:1: messages\[1\]: .* cannot be found .* leave out the weights"):
         list(encoder.runs([chat("user: x", "assistant: hello", trained="all", context=[1])]))
+    with pytest.raises(DataError, match=r"messages\[2\]: .* cannot be found .* that marks answers with"):
+        list(encoder.runs([chat("assistant: x", "user: y", "assistant: hello", context=[0])]))  # without weights too
 
 
 @settings(max_examples=60, deadline=None)

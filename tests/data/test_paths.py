@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from truthgpt.data.paths import file_keys, resolve_files, visible_files
+from truthgpt.data.paths import file_keys, look_for, resolve_files, visible_files
+from truthgpt.data.tar_shards import shard_files
 from truthgpt.errors import DataError
+
+Read = Callable[[str], object]
 
 
 @pytest.fixture
@@ -79,6 +83,16 @@ def test_relative_to_working_directory(tree: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_existing_name_with_brackets_is_no_glob(tree: Path) -> None:
     assert names(resolve_files([str(tree / "notes[1].txt")]), tree) == ["notes[1].txt"]
+
+
+@pytest.mark.parametrize("read", [look_for, lambda path: resolve_files([path]), lambda path: shard_files([path])])
+def test_the_home_of_a_user_that_there_is_not(tree: Path, monkeypatch: pytest.MonkeyPatch, read: Read) -> None:
+    """`Path.expanduser` raises a RuntimeError for it, which no command expects."""
+    monkeypatch.chdir(tree)
+    monkeypatch.setenv("HOME", str(tree / "sub"))
+    assert resolve_files(["~/c.txt"]) == [tree / "sub/c.txt"]
+    with pytest.raises(DataError, match=r"data path '~nobody-of-this-name/x\.tar': no file found"):
+        read("~nobody-of-this-name/x.tar")
 
 
 @pytest.mark.parametrize("pattern", ["missing.txt", "*.csv", "empty"])

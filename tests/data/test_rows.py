@@ -132,11 +132,12 @@ def test_a_chat_with_nothing_left_to_train_is_left_out_and_counted(weights: tupl
 
 @pytest.mark.parametrize("train_on", ["all", "assistant"])
 def test_a_weight_of_another_role_changes_nothing(train_on: Literal["all", "assistant"]) -> None:
+    plain = chat_reader(train_on).document({"messages": [USER, ANSWER]}, "here")
+    assert plain is not None and plain.conversation is not None and plain.conversation.context == ()
+    assert [s.trained for s in plain.segments] == [train_on == "all", True]
     for weight in (0, 1, 0.5, "much"):
         document = chat_reader(train_on).document({"messages": [{**USER, "weight": weight}, ANSWER]}, "here")
-        assert document is not None and document.conversation is not None
-        assert document.conversation.context == ()
-        assert [s.trained for s in document.segments] == [train_on == "all", True]
+        assert document == plain, "its side of the split and what a template sees included"
 
 
 BAD_WEIGHTS = [

@@ -69,6 +69,23 @@ def test_breaking_off_needs_no_second_signal(
         assert stop.requested, "the next one is remembered alone"
 
 
+def test_breaking_off_meets_a_signal_that_came_before() -> None:
+    went_on = False
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted), stop.breaking_off():
+            went_on = True
+    assert not went_on
+
+
+def test_what_can_be_saved_is_not_broken_off() -> None:
+    with StopSignal() as stop, stop.breaking_off():
+        stop.remember()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        stop.remember()
+
+
 def test_outside_the_main_thread_nothing_is_installed() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen = []

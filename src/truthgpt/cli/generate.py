@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,6 +148,10 @@ def _check_out(out: Path, overwrite: bool) -> None:
             raise RunDirectoryError(f"--out: {out} cannot be written: there is no folder {out.parent}")
         if _is_occupied(out) and not overwrite:
             raise RunDirectoryError(f"--out: {out} is there already: give another --out, or --overwrite to replace it")
+        opened = out.exists() and not _is_occupied(out)  # what is replaced is written beside, as what is new
+        place = out if opened else out.resolve().parent
+        if not os.access(place, os.W_OK):
+            raise RunDirectoryError(f"--out: {out} cannot be written: {place} is not writable")
 
 
 def _is_occupied(out: Path) -> bool:

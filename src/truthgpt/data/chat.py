@@ -128,7 +128,8 @@ class ChatRenderer:
                 f"template in {KEY}"
             ) from error
         except NotFoundError as error:
-            raise DataError(f"{where}: {error}; {LEAVE_OUT_WEIGHTS if context else MARK_ANSWERS}") from error
+            fix = LEAVE_OUT_WEIGHTS if everything or marked else MARK_ANSWERS
+            raise DataError(f"{where}: {error}; {fix}") from error
         last = len(messages) - 1
         if everything:
             return RenderedChat(text, None, None if last in context else len(text.rstrip()), tuple(spans))

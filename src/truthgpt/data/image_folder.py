@@ -12,7 +12,7 @@ from pathlib import Path
 
 from truthgpt.data.base import ImageExample
 from truthgpt.data.file_identity import WHOLE_BYTES, content_fingerprint
-from truthgpt.data.paths import is_visible, visible_files
+from truthgpt.data.paths import at_home, is_visible, visible_files
 from truthgpt.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def _roots(paths: Sequence[str]) -> list[Path]:
     """Every folder that `paths` name, once, in their order."""
     roots: dict[Path, Path] = {}
     for path in paths:
-        expanded = Path(path).expanduser()
+        expanded = at_home(path)
         # An existing path wins over its reading as a glob.
         names = [str(expanded)] if expanded.exists() else sorted(glob.glob(str(expanded), recursive=True))  # noqa: PTH207
         folders = [Path(name) for name in names if Path(name).is_dir()]

@@ -29,7 +29,7 @@ def resolve_files(patterns: Sequence[str], suffix: str | tuple[str, ...] | None 
     files: dict[Path, Path] = {}
     for pattern in patterns:
         with _looking_at(pattern):
-            matches = list(_match(Path(pattern).expanduser(), suffix))
+            matches = list(_match(at_home(pattern), suffix))
         if not matches:
             wanted = f"no {suffix if isinstance(suffix, str) else ' or '.join(suffix)} file" if suffix else "no file"
             raise _nothing_found(pattern, wanted)
@@ -47,9 +47,14 @@ def look_for(pattern: str) -> None:
         DataError: as `resolve_files`, which wants files of a kind and so may still find none.
     """
     with _looking_at(pattern):
-        found = any(match.is_dir() or _is_file(match) for match in _named(Path(pattern).expanduser()))
+        found = any(match.is_dir() or _is_file(match) for match in _named(at_home(pattern)))
     if not found:
         raise _nothing_found(pattern, "no file")
+
+
+def at_home(pattern: str) -> Path:
+    """The path with `~` as the home folder; `~name` of a user that there is not stands as it is, as in a shell."""
+    return Path(os.path.expanduser(pattern))  # noqa: PTH111 - `Path.expanduser` raises for such a name
 
 
 def file_keys(files: Sequence[Path]) -> list[str]:

@@ -215,7 +215,8 @@ class RowReader:
         messages = _messages_of(row, self._fields.messages_field)
         tools = _tools_of(row)
         answers = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
-        context = tuple(index for index in answers if messages[index].pop("weight", 1) == 0)
+        weights = [message.pop("weight", 1) for message in messages]  # of other roles too, which nothing reads
+        context = tuple(index for index in answers if weights[index] == 0)
         try:
             data = _canonical_json([messages, tools])
         except UnicodeEncodeError:

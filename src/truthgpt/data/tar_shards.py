@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Generic, Self, TypeVar
 
-from truthgpt.data.paths import resolve_files
+from truthgpt.data.paths import at_home, resolve_files
 from truthgpt.errors import ConfigError, DataError, Problem
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -67,7 +67,7 @@ def shard_files(paths: Sequence[str]) -> list[Path]:
     files: dict[Path, Path] = {}
     for path in (expanded for pattern in paths for expanded in _expand(pattern)):
         matches = resolve_files([path])
-        if not Path(path).expanduser().is_file():
+        if not at_home(path).is_file():
             matches = [match for match in matches if match.name.endswith(SHARD_SUFFIXES)]
         if not matches:
             raise DataError(
@@ -85,7 +85,7 @@ def _expand(pattern: str) -> list[str]:
 
     # A file or folder that exists under this very name is meant as it stands.
     expanded = [pattern]
-    if not Path(pattern).expanduser().exists():
+    if not at_home(pattern).exists():
         try:
             expanded = expand_urls(pattern)
         except (ValueError, AssertionError, KeyError) as error:

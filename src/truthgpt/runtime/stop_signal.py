@@ -46,14 +46,23 @@ class StopSignal:
 
     @contextlib.contextmanager
     def breaking_off(self) -> Iterator[None]:
-        """Raise `Interrupted` at a signal, for as long as there is nothing that could be saved.
-
-        At the end it is raised again: libraries that are being imported can lose it, or make another error of it.
-        """
+        """Raise `Interrupted` at a signal, and for one that came before, as long as there is nothing to save: until
+        `remember` is called, or the end."""
         self._breaks_off = True
         try:
+            if self.requested:
+                raise Interrupted
             yield
         finally:
+            self.remember()
+
+    def remember(self) -> None:
+        """End `breaking_off`: what begins now can be saved. Elsewhere nothing happens.
+
+        Raises:
+            Interrupted: a signal came. Libraries that are being imported can lose it, or make another error of it.
+        """
+        if self._breaks_off:
             self._breaks_off = False
             if self.requested:
                 raise Interrupted
