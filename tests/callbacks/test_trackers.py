@@ -86,13 +86,13 @@ def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     module.teardown()
 
 
-def written_to(folder: Path) -> str:
-    """What W&B recorded; its service writes the file out a moment after `finish`."""
-    deadline_s = time.monotonic() + 20
+def assert_recorded(folder: Path, *names: bytes) -> None:
+    """W&B's service writes the file out a moment after `finish`."""
+    deadline_s = time.monotonic() + 60
     (file,) = folder.glob("run-*.wandb")
-    while file.stat().st_size < 100 and time.monotonic() < deadline_s:
+    while not all(name in file.read_bytes() for name in names):
+        assert time.monotonic() < deadline_s, f"{names} are not all in {file}"
         time.sleep(0.05)
-    return file.read_bytes().decode("latin-1")
 
 
 def test_wandb_without_a_login_records_offline(
@@ -111,8 +111,7 @@ def test_wandb_without_a_login_records_offline(
     assert folder.name.endswith(logger.state_dict()["id"])
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("truthgpt")]
     assert line.startswith(f"wandb: recording offline, upload later with 'wandb sync {folder}': ")
-    assert "train/loss" in written_to(folder)
-    assert "eval/ppl" in written_to(folder)
+    assert_recorded(folder, b"train/loss", b"eval/ppl")
     assert capfd.readouterr().err == ""  # anything there would tear the progress bar
 
 
@@ -141,9 +140,9 @@ def test_wandb_without_its_server_records_offline(
     logger = wandb_logger.WandbLogger()
     start_s = time.monotonic()
     logger.on_start(state_at(0), start_facts(tmp_path))
-    assert time.monotonic() - start_s < 30, "its own limit is 90 s"
+    assert time.monotonic() - start_s < 80, "its own limit is 90 s"
     logger.on_log(state_at(1), log_row(1))
     logger.on_end(state_at(1), end_facts(1))
     (folder,) = (tmp_path / "logs" / "wandb").glob("offline-run-*")
-    assert "train/loss" in written_to(folder)
+    assert_recorded(folder, b"train/loss")
     assert "wandb: recording offline" in caplog.text

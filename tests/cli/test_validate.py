@@ -173,4 +173,4 @@ def test_validation_is_quick_and_loads_no_torch() -> None:
     for _ in range(3):  # the least of three: other processes share the cores
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         seconds.append(float(result.stderr))
-    assert min(seconds) < 1.0  # 0.4 s measured; the bound leaves room for slower machines
+    assert min(seconds) < 2.0  # 0.4 s measured; the bound leaves room for slower and busy machines
