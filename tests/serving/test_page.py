@@ -106,7 +106,9 @@ def test_an_answer_is_shown_as_it_is_written(open_page: Open) -> None:
     assert prompt_text(engine) == "[user]hello\n[assistant]"
     assert tab.answer() == expected_text(prompt_ids, sampling.seed, 40)
     figures = tab.figures()
-    said = re.fullmatch(r"40 tokens · ([\d.]+) tokens/s · first after (\d+\.\d\d) s · seed \d+ · limit reached", figures)
+    said = re.fullmatch(
+        r"40 tokens · ([\d.]+) tokens/s · first after (\d+\.\d\d) s · seed \d+ · limit reached", figures
+    )
     assert said is not None, figures
     assert 0.02 <= float(said[2]) <= took_s
     assert 39 / took_s - 0.1 <= float(said[1]) <= 50  # it writes 50 a second at most
