@@ -47,8 +47,10 @@ def validate(
 
 
 def _warn_of_missing_files(raw: RawConfig, config: Config) -> None:
-    """Say which data is not there, where training would stop. No error: the configuration is right,
-    and may be looked at on another machine than the one that has the data."""
+    """Say which data is not there, where training would stop.
+
+    It is no error: the configuration is right, and may be looked at on another machine than the one that has the data.
+    """
     from truthgpt.data.paths import look_for
 
     for key, pattern in _local_paths(config):
